@@ -1,0 +1,59 @@
+# Every target sets up what it needs: nothing has to be installed or run before it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two workers with one thread each are faster on two cores than one worker with two.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: help demo demo-quick test test-all lint format docs bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: $(VENV)/.demo  ## train, attribute, measure and report on real images (about three minutes)
+	$(BIN)/trak demo --out demo-report
+
+demo-quick: $(VENV)/.demo  ## the same, smaller, in under a minute
+	$(BIN)/trak demo --quick --out demo-report-quick
+
+test: $(VENV)/.dev  ## the test suite
+	$(PYTEST)
+
+test-all: $(VENV)/.dev  ## the test suite with its long checks
+	$(PYTEST) -m "not gpu"
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev  ## generate the CLI reference and run every block of README and docs
+	$(BIN)/python -m trak.cli.reference > docs/cli.md
+	$(PYTEST) tests/test_docs.py
+
+bench: $(VENV)/.dev  ## measure featurizing against a plain training pass
+	$(BIN)/python benchmarks/featurize.py
+
+clean:  ## remove the environment and what the targets wrote
+	rm -rf $(VENV) demo-report demo-report-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone, so that nothing else asks for another build of it.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
