@@ -1,0 +1,216 @@
+"""Per-example gradients of one parameter, dense or as the factors of an outer product.
+
+Shape legend: B examples, G groups, T positions (time, pixels), R rows and C columns of the parameter seen as a
+matrix: R = shape[0], C = the product of the rest (1 for a vector).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+
+@dataclass(frozen=True, eq=False)
+class Block(ABC):
+    """Gradients of one parameter for B examples.
+
+    Attributes:
+        name: the parameter's canonical name (the first under which `named_parameters` gives it).
+        shape: the parameter's shape.
+
+    One parameter may come in several blocks of the same name (a module used twice, tied weights): its gradient is their sum.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """Number of examples B."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The gradients multiplied out, [B, *shape]."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(R, C): the parameter seen as a matrix."""
+        return (self.shape[0], prod(self.shape[1:])) if self.shape else (1, 1)
+
+    def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
+        """rowsᵀ G columns for each example's gradient matrix G [R, C]: [B, A, D]."""
+        gradients_BRC = self.dense().reshape(self.batch_size, *self.matrix_shape)
+        return rows_RA.T @ (gradients_BRC @ columns_CD)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseBlock(Block):
+    """Gradients as they are: `values` [B, *shape]."""
+
+    values: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples B."""
+        return self.values.shape[0]
+
+    def dense(self) -> Tensor:
+        """`values`, as it is."""
+        return self.values
+
+
+@dataclass(frozen=True, eq=False)
+class OuterBlock(Block):
+    """A sum over positions of outer products: G_b[g] = Σ_t left[b, g, t] ⊗ right[b, g, t].
+
+    left: [B, G, T, R / G], right: [B, G, T, C]. Group g owns rows g·R/G to (g+1)·R/G. For a Linear (G = 1) left is the
+    gradient of the layer's outputs and right its inputs.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples B."""
+        return self.left.shape[0]
+
+    def dense(self) -> Tensor:
+        """Σ_t left ⊗ right, [B, *shape]."""
+        return (self.left.transpose(-1, -2) @ self.right).reshape(self.batch_size, *self.shape)
+
+    def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
+        """Σ_t (rowsᵀ left_t) ⊗ (columnsᵀ right_t): the weight gradient is never formed. [B, A, D]."""
+        groups = self.left.shape[1]
+        rows_GrA = rows_RA.reshape(groups, -1, rows_RA.shape[1])
+        left_BGTA = self.left @ rows_GrA
+        right_BGTD = self.right @ columns_CD
+        return torch.einsum("bgta,bgtd->bad", left_BGTA, right_BGTD)
+
+
+@dataclass(frozen=True, eq=False)
+class IndexBlock(Block):
+    """An embedding's gradient: row indices[b, t] receives values[b, t].
+
+    indices: [B, T] int64 in [0, R), values: [B, T, C].
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples B."""
+        return self.values.shape[0]
+
+    def dense(self) -> Tensor:
+        """Scattered into [B, R, C]."""
+        rows, columns = self.matrix_shape
+        out_BRC = self.values.new_zeros(self.batch_size, rows, columns)
+        index = self.indices.unsqueeze(-1).expand_as(self.values)
+        return out_BRC.scatter_add_(1, index, self.values).reshape(self.batch_size, *self.shape)
+
+    def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
+        """Σ_t rows[indices_t] ⊗ (columnsᵀ values_t), [B, A, D]."""
+        return rows_RA[self.indices].transpose(-1, -2) @ (self.values @ columns_CD)
+
+
+@dataclass(frozen=True, eq=False)
+class ConvBlock(Block):
+    """A convolution's weight gradient, kept as the layer's inputs and the gradient of its outputs.
+
+    N = B·S images: S consecutive ones belong to one example (S = 1 nearly always), and their gradients are summed.
+
+    Attributes:
+        inputs: [N, C_in, *spatial], with any padding that is not zeros already applied.
+        gradients: gradient of the layer's outputs, [N, C_out, *out].
+        stride, padding, dilation: one integer per spatial dimension.
+        groups: of the convolution; group g maps its own C_in / groups channels to its own C_out / groups.
+        examples: B.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    examples: int
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples B."""
+        return self.examples
+
+    def dense(self) -> Tensor:
+        """The weight gradients, [B, *shape].
+
+        On a CPU as one convolution whose groups are the images (about the price of the batch's weight gradient); elsewhere by
+        patches and a batched matrix product.
+        """
+        by_image = self._by_grouped_convolution() if self.inputs.device.type == "cpu" else self.by_patches()
+        return by_image.reshape(self.examples, -1, *self.shape).sum(1)
+
+    def by_patches(self) -> Tensor:
+        """Gradients per image, [N, *shape], the readable way: Σ_l gradient_l ⊗ patch_l, group by group."""
+        patches_NGLC = self.patches()
+        images, groups, positions, _ = patches_NGLC.shape
+        left_NGOL = self.gradients.reshape(images, groups, -1, positions)
+        return (left_NGOL @ patches_NGLC).reshape(images, *self.shape)
+
+    def patches(self) -> Tensor:
+        """What each output position sees: [N, groups, positions, C], with C = C_in / groups · kernel size."""
+        kernel = self.shape[2:]
+        patches = F.pad(self.inputs, [extent for pad in reversed(self.padding) for extent in (pad, pad)])
+        for axis, (size, step, spread) in enumerate(zip(kernel, self.stride, self.dilation), start=2):
+            patches = patches.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
+        images, channels = self.inputs.shape[:2]
+        patches = patches.unflatten(1, (self.groups, channels // self.groups))
+        spatial = len(kernel)
+        order = (0, 1, 2, *range(3 + spatial, 3 + 2 * spatial), *range(3, 3 + spatial))
+        return patches.permute(order).reshape(images, self.groups, prod(self.shape[1:]), -1).transpose(-1, -2)
+
+    def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
+        """Σ_l (rowsᵀ gradient_l) ⊗ (columnsᵀ patch_l), [B, A, D]: the columns are filters, so that patches are never formed."""
+        images, groups = self.inputs.shape[0], self.groups
+        filters = columns_CD.T.reshape(-1, *self.shape[1:])
+        inputs = self.inputs.reshape(images * groups, -1, *self.inputs.shape[2:])
+        right_NDL = _CONVOLUTIONS[len(self.stride)](
+            inputs, filters, None, self.stride, self.padding, self.dilation
+        )
+        right_NGDL = right_NDL.reshape(images, groups, filters.shape[0], -1)
+        left_NGrL = self.gradients.reshape(images, groups, -1, right_NGDL.shape[-1])
+        rows_GAr = rows_RA.reshape(groups, -1, rows_RA.shape[1]).transpose(-1, -2)
+        by_group = (rows_GAr @ left_NGrL) @ right_NGDL.transpose(-1, -2)
+        return by_group.reshape(self.examples, -1, *by_group.shape[-2:]).sum(1)
+
+    def _by_grouped_convolution(self) -> Tensor:
+        """Gradients per image, [N, *shape]: the images become groups of one convolution over a batch of one."""
+        images = self.inputs.shape[0]
+        weight_gradient = _WEIGHT_GRADIENTS[len(self.stride)]
+        flat = weight_gradient(
+            self.inputs.reshape(1, -1, *self.inputs.shape[2:]),
+            (images * self.shape[0], *self.shape[1:]),
+            self.gradients.reshape(1, -1, *self.gradients.shape[2:]),
+            self.stride,
+            self.padding,
+            self.dilation,
+            images * self.groups,
+        )
+        return flat.reshape(images, *self.shape)
+
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_WEIGHT_GRADIENTS: dict[int, Callable[..., Tensor]] = {
+    1: conv1d_weight,
+    2: conv2d_weight,
+    3: conv3d_weight,
+}

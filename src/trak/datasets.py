@@ -1,0 +1,244 @@
+"""One view of every kind of training set: rows numbered from 0, in batches, starting anywhere.
+
+A row is an example's position in the dataset: not in the order of some sampler, so that a shuffling loader and a plain one mean the
+same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+
+from trak import batches
+from trak.errors import InputError
+
+Range = tuple[int, int]
+"""(start, stop): rows start to stop − 1."""
+
+DEFAULT_BATCH_SIZE = 64
+
+
+class RowSource(ABC):
+    """A dataset seen as numbered rows."""
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """N."""
+
+    @abstractmethod
+    def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
+        """(rows [B] int64, batch) for the rows of `ranges` (all of them if None), in ascending order."""
+
+    @abstractmethod
+    def example(self, row: int) -> Any:
+        """A batch of one: for showing an example to a person."""
+
+    def sample_hash(self, num_rows: int = 16) -> str | None:
+        """A digest of up to `num_rows` rows spread over the dataset, None where rows cannot be read one by one.
+
+        Two datasets with different digests are different; equal digests are a good sign, no proof.
+        """
+        if self.num_rows == 0:
+            return None
+        rows = sorted({int(row) for row in torch.linspace(0, self.num_rows - 1, num_rows).round()})
+        return content_hash(self.example(row) for row in rows)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRows(RowSource):
+    """A batch that holds the whole dataset: (inputs, labels), a mapping of tensors, and so on."""
+
+    data: Any
+    batch_size: int
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return batches.batch_size(self.data)
+
+    def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
+        """Slices of the tensors (views)."""
+        for start, stop in _cut(ranges, self.num_rows, self.batch_size):
+            yield torch.arange(start, stop), batches.take(self.data, slice(start, stop))
+
+    def example(self, row: int) -> Any:
+        """Row `row` as a batch of one."""
+        return batches.take(self.data, slice(row, row + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetRows(RowSource):
+    """A map-style dataset (`__len__` and `__getitem__`), collated into batches."""
+
+    dataset: Any
+    batch_size: int
+    collate: Callable[[list[Any]], Any]
+    num_workers: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.dataset)
+
+    def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
+        """Collated batches, loaded by worker processes where the loader had some."""
+        cuts = list(_cut(ranges, self.num_rows, self.batch_size))
+        rows = [list(range(start, stop)) for start, stop in cuts]
+        loader: Iterable[Any] = DataLoader(
+            self.dataset, batch_sampler=rows, collate_fn=self.collate, num_workers=self.num_workers
+        )
+        for (start, stop), batch in zip(cuts, loader):
+            yield torch.arange(start, stop), _checked(batch, stop - start)
+
+    def example(self, row: int) -> Any:
+        """Row `row` as a batch of one."""
+        return self.collate([self.dataset[row]])
+
+
+@dataclass(frozen=True, eq=False)
+class IterableRows(RowSource):
+    """Batches from something that can only be read from the front, again and again: rows are numbered as they come."""
+
+    iterable: Iterable[Any]
+    count: int
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.count
+
+    def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
+        """The iterable's own batches, leaving out those of which no row is wanted."""
+        start = 0
+        for batch in self.iterable:
+            stop = start + batches.batch_size(batch)
+            if stop > self.count:
+                raise InputError(f"the dataset gave {self.count} rows when it was counted and more now: it must give the same rows each time")
+            if ranges is None or any(low < stop and start < high for low, high in ranges):
+                yield torch.arange(start, stop), batch
+            start = stop
+        if start != self.count:
+            raise InputError(f"the dataset gave {self.count} rows when it was counted and {start} now: it must give the same rows each time")
+
+    def example(self, row: int) -> Any:
+        """Row `row`, found by reading from the front."""
+        for rows, batch in self.batches([(row, row + 1)]):
+            return batches.take(batch, slice(row - int(rows[0]), row - int(rows[0]) + 1))
+        raise IndexError(row)
+
+    def sample_hash(self, num_rows: int = 16) -> str | None:
+        """None: reading single rows would mean reading everything."""
+        return None
+
+
+def as_rows(data: Any, *, batch_size: int | None = None, what: str = "train_set") -> RowSource:
+    """A row source from a loader, a dataset, tensors, or an iterable of batches.
+
+    Args:
+        data: a `DataLoader` (its dataset, collate function, batch size and workers are used; rows are positions in the dataset),
+            a map-style dataset (a Hugging Face dataset with `set_format("torch")` is one), a tuple or mapping of tensors with the
+            examples along dimension 0, a list of examples as a map-style dataset, or a re-iterable of batches.
+        batch_size: overrides the loader's.
+        what: the argument's name, for messages.
+
+    Raises:
+        InputError: something else; a loader with a sampler of its own; a generator, which can be read only once; nothing in it.
+    """
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise InputError(f"batch_size must be a whole number ≥ 1; got {batch_size!r}")
+    if isinstance(data, RowSource):
+        source = data
+    elif isinstance(data, DataLoader):
+        source = _loader_rows(data, batch_size, what)
+    elif isinstance(data, TensorDataset):
+        source = TensorRows(data.tensors, batch_size or DEFAULT_BATCH_SIZE)
+    elif _is_tensor_batch(data):
+        source = TensorRows(data, batch_size or DEFAULT_BATCH_SIZE)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, dict)):
+        source = DatasetRows(data, batch_size or DEFAULT_BATCH_SIZE, _default_collate)
+    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
+        source = _iterable_rows(data, what)
+    else:
+        raise InputError(
+            f"{what} must be a DataLoader, a dataset with __len__ and __getitem__, tensors (inputs, labels), or a re-iterable of batches; "
+            f"got {batches.describe(data)}"
+        )
+    if source.num_rows == 0:
+        raise InputError(f"{what} is empty")
+    return source
+
+
+def content_hash(items: Iterable[Any]) -> str:
+    """SHA-256 over the structure, dtypes, shapes and bytes of batches."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(batches.describe(item).encode())
+        for tensor in batches.flatten(item)[0]:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _loader_rows(loader: DataLoader[Any], batch_size: int | None, what: str) -> RowSource:
+    if isinstance(loader.dataset, IterableDataset):
+        return _iterable_rows(loader, what)
+    sampler: Any = loader.sampler
+    if loader.batch_sampler is not None and loader.batch_size is None:
+        raise InputError(
+            f"{what}: the loader has a batch sampler of its own, so positions in the dataset and in its batches differ. Pass the dataset "
+            "itself (with batch_size=…), or a DataLoader with batch_size and without batch_sampler"
+        )
+    if not isinstance(sampler, (SequentialSampler, RandomSampler)) or getattr(sampler, "replacement", False):
+        raise InputError(
+            f"{what}: the loader draws its rows with {type(sampler).__name__}, so it is unclear which rows are meant. Pass a DataLoader over "
+            "torch.utils.data.Subset(dataset, rows) without a sampler"
+        )
+    collate = loader.collate_fn if loader.batch_size is not None else _default_collate
+    return DatasetRows(loader.dataset, batch_size or loader.batch_size or DEFAULT_BATCH_SIZE, collate, loader.num_workers)
+
+
+def _iterable_rows(data: Iterable[Any], what: str) -> RowSource:
+    if isinstance(data, Iterator):
+        raise InputError(
+            f"{what} is a generator, which can be read only once, and every checkpoint reads the data: pass a DataLoader, a dataset, "
+            "or an object whose __iter__ starts anew"
+        )
+    return IterableRows(data, sum(batches.batch_size(batch) for batch in data))
+
+
+def _is_tensor_batch(data: Any) -> bool:
+    """Whether data is a batch of everything: a tensor, or a tuple or mapping of tensors, rather than a list of examples."""
+    if isinstance(data, Tensor):
+        return True
+    if isinstance(data, Mapping):
+        return any(isinstance(value, Tensor) for value in data.values())
+    # A tuple of tuples is taken for a sequence of examples.
+    return isinstance(data, tuple) and len(data) > 0 and all(isinstance(part, (Tensor, Mapping)) for part in data)
+
+
+def _default_collate(examples: list[Any]) -> Any:
+    """torch's default collation."""
+    return torch.utils.data.default_collate(examples)
+
+
+def _checked(batch: Any, expected: int) -> Any:
+    got = batches.batch_size(batch)
+    if got != expected:
+        raise InputError(
+            f"a batch of {expected} examples came out of the collate function with {got} rows: {batches.describe(batch)}. "
+            "Every example must give exactly one row"
+        )
+    return batch
+
+
+def _cut(ranges: Sequence[Range] | None, num_rows: int, batch_size: int) -> Iterator[Range]:
+    for low, high in [(0, num_rows)] if ranges is None else ranges:
+        for start in range(low, high, batch_size):
+            yield start, min(start + batch_size, high)

@@ -1,0 +1,53 @@
+"""log(p / (1 − p)) of the correct class, in a form that stays finite.
+
+Shape legend: B examples, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trak.errors import InputError
+
+
+def multiclass_margin(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """f = log(p_y / (1 − p_y)) = logit_y − logsumexp of the other logits (Park et al. 2023, section 2), [B].
+
+    The other logits are summed without the label's: subtracting two probabilities would cancel where p → 1.
+    """
+    own_B = logits_BC.gather(1, labels_B.unsqueeze(1)).squeeze(1)
+    # A comparison rather than one_hot, which looks at the labels' values and so cannot be vmapped.
+    is_own_BC = torch.arange(logits_BC.shape[1], device=labels_B.device) == labels_B.unsqueeze(1)
+    others_BC = logits_BC.masked_fill(is_own_BC, float("-inf"))
+    return own_B - others_BC.logsumexp(1)
+
+
+def binary_margin(logits_B: Tensor, labels_B: Tensor) -> Tensor:
+    """f = logit for label 1 and −logit for label 0: log(p / (1 − p)) of the correct label, [B]."""
+    return logits_B * (2 * labels_B.to(logits_B.dtype) - 1)
+
+
+def class_margin(logits: Tensor, labels_B: Tensor) -> Tensor:
+    """The margin for logits [B, C] with C ≥ 2, or for one logit per example ([B] or [B, 1]) with labels 0 and 1."""
+    if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
+        return binary_margin(logits.reshape(-1), labels_B)
+    return multiclass_margin(logits, labels_B)
+
+
+def check_logits(logits: object, labels_B: object, *, what: str) -> tuple[Tensor, Tensor]:
+    """Logits and labels, or an error that says what the model and the batch gave instead."""
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"{what} needs the model to return logits as a tensor [batch, classes]; got {type(logits).__name__}. "
+            "For other models write a task: trak.CustomTask(lambda model, batch: ...)"
+        )
+    if not isinstance(labels_B, Tensor) or labels_B.is_floating_point():
+        got = f"{labels_B.dtype} of shape {list(labels_B.shape)}" if isinstance(labels_B, Tensor) else type(labels_B).__name__
+        raise InputError(f"{what} needs integer class labels, a tensor [batch]; got {got}")
+    if logits.ndim not in (1, 2) or labels_B.ndim != 1 or logits.shape[0] != labels_B.shape[0]:
+        raise InputError(
+            f"{what} needs logits [batch, classes] and labels [batch]; got logits {list(logits.shape)} and labels "
+            f"{list(labels_B.shape)}. For outputs at many positions write a task: trak.CustomTask(lambda model, batch: ...)"
+        )
+    return logits, labels_B.long()

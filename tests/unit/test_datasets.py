@@ -1,0 +1,96 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+
+from trak.datasets import as_rows
+from trak.errors import InputError
+
+X, Y = torch.arange(10.0)[:, None], torch.arange(10)
+
+
+class Squares(Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        return X[i] ** 2, int(Y[i])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(X, Y))
+
+
+class Restarting:
+    def __iter__(self):
+        for start in range(0, 10, 4):
+            yield X[start : start + 4], Y[start : start + 4]
+
+
+SOURCES = {
+    "tensors": (X, Y),
+    "mapping": {"x": X, "y": Y},
+    "tensor dataset": TensorDataset(X, Y),
+    "dataset": Squares(),
+    "list": list(zip(X, Y)),
+    "loader": DataLoader(TensorDataset(X, Y), batch_size=4),
+    "shuffling loader": DataLoader(TensorDataset(X, Y), batch_size=4, shuffle=True, drop_last=True),
+    "unbatched loader": DataLoader(TensorDataset(X, Y), batch_size=None),
+    "iterable loader": DataLoader(Stream(), batch_size=4),
+    "iterable": Restarting(),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_rows_are_positions_in_the_dataset(name):
+    source = as_rows(SOURCES[name], batch_size=3)
+    assert source.num_rows == 10
+    seen = []
+    for rows, batch in source.batches():
+        labels = batch["y"] if isinstance(batch, dict) else batch[1]
+        assert torch.equal(labels, rows)
+        seen += rows.tolist()
+    assert seen == list(range(10))
+    example = source.example(7)
+    assert (example["y"] if isinstance(example, dict) else example[1]).tolist() == [7]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_the_ranges_asked_for(name):
+    rows = torch.cat([rows for rows, _ in as_rows(SOURCES[name], batch_size=2).batches([(1, 2), (8, 10)])])
+    assert {1, 8, 9} <= set(rows.tolist())
+    if "iterable" not in name:
+        assert rows.tolist() == [1, 8, 9]
+
+
+def test_collate_function_batch_size_and_subset_of_a_loader():
+    loader = DataLoader(Subset(TensorDataset(X, Y), [9, 3, 5]), batch_size=2, collate_fn=lambda items: torch.stack([x for x, _ in items]))
+    assert [batch.reshape(-1).tolist() for _, batch in as_rows(loader).batches()] == [[9.0, 3.0], [5.0]]
+
+
+def test_sample_hash_tells_datasets_apart():
+    assert as_rows((X, Y)).sample_hash() == as_rows((X.clone(), Y)).sample_hash()
+    assert as_rows((X, Y)).sample_hash() != as_rows((X + 1, Y)).sample_hash()
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (iter([(X, Y)]), "read only once"),
+        (5, "must be a DataLoader"),
+        ("text", "must be a DataLoader"),
+        ([], "empty"),
+        ((X, Y[:4]), "must be a DataLoader|same number"),
+        (DataLoader(TensorDataset(X, Y), sampler=WeightedRandomSampler([1.0] * 10, 10)), "WeightedRandomSampler"),
+        (DataLoader(TensorDataset(X, Y), batch_sampler=[[1, 2], [0]]), "batch sampler"),
+    ],
+)
+def test_refused(data, match):
+    with pytest.raises(InputError, match=match):
+        as_rows(data)
+
+
+def test_collate_that_drops_examples_is_caught():
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4, collate_fn=lambda items: torch.zeros(len(items) - 1, 2))
+    with pytest.raises(InputError, match="exactly one row"):
+        list(as_rows(loader).batches())
