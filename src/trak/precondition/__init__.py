@@ -1,0 +1,18 @@
+"""Gram matrix, damping, solve."""
+
+from trak.precondition.automatic import AutomaticDamping
+from trak.precondition.damping import Damping, FixedDamping, RelativeDamping, resolve_damping
+from trak.precondition.gram import Moments, accumulate_moments
+from trak.precondition.solve import Preconditioner, fit_preconditioner
+
+__all__ = [
+    "AutomaticDamping",
+    "Damping",
+    "FixedDamping",
+    "Moments",
+    "Preconditioner",
+    "RelativeDamping",
+    "accumulate_moments",
+    "fit_preconditioner",
+    "resolve_damping",
+]

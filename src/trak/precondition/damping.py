@@ -1,0 +1,101 @@
+"""How much to damp: λ in ΦᵀΦ + λI."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trak.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMoments:
+    """One column group's moments: see `trak.precondition.gram.Moments`."""
+
+    gram: Tensor
+    cross: Tensor
+    num_rows: int
+    outputs_square: float
+
+
+class Damping(ABC):
+    """A rule for λ, in units of squared gradient norm (the units of the Gram matrix's eigenvalues)."""
+
+    @abstractmethod
+    def value(self, moments: GroupMoments) -> float:
+        """λ ≥ 0 for one column group of one checkpoint."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """The rule, as JSON values."""
+
+
+@dataclass(frozen=True)
+class FixedDamping(Damping):
+    """λ itself."""
+
+    damping: float
+
+    def __post_init__(self) -> None:
+        _check(self.damping, "damping")
+
+    def value(self, moments: GroupMoments) -> float:
+        """λ as given."""
+        return float(self.damping)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The rule, as JSON values."""
+        return {"rule": "fixed", "damping": float(self.damping)}
+
+
+@dataclass(frozen=True)
+class RelativeDamping(Damping):
+    """λ = ratio × the mean eigenvalue of the Gram matrix, trace / K: the same ratio means the same for every checkpoint's scale."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        _check(self.ratio, "ratio")
+
+    def value(self, moments: GroupMoments) -> float:
+        """ratio · trace(ΦᵀΦ) / K."""
+        return float(self.ratio * moments.gram.diagonal().mean())
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The rule, as JSON values."""
+        return {"rule": "relative", "ratio": float(self.ratio)}
+
+
+def resolve_damping(damping: float | str | Damping) -> Damping:
+    """A rule from a number, "auto", or a rule.
+
+    Raises:
+        InputError: a negative or non-finite number, or an unknown word.
+    """
+    from trak.precondition.automatic import AutomaticDamping
+
+    if isinstance(damping, Damping):
+        return damping
+    if isinstance(damping, str):
+        if damping == "auto":
+            return AutomaticDamping()
+        raise InputError(f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {damping!r}')
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise InputError(f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {type(damping).__name__}')
+    return FixedDamping(float(damping))
+
+
+def eigenvalues_and_vectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues, clipped at 0, and eigenvectors of a symmetric matrix: one call makes a sweep over λ free."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0), vectors
+
+
+def _check(number: float, name: str) -> None:
+    if not (isinstance(number, (int, float)) and math.isfinite(number) and number >= 0):
+        raise InputError(f"{name} must be a finite number ≥ 0; got {number!r}")

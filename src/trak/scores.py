@@ -1,0 +1,353 @@
+"""Scores [N, T], read block by block: the matrix need never exist.
+
+Shape legend: N training rows, R rows of one block, T targets, t chosen targets, K projected, M checkpoints, k rows kept.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trak.errors import InputError
+
+DEFAULT_BLOCK_ROWS = 4096
+
+
+class FeatureRows(Protocol):
+    """One checkpoint's training features: a store's row set, or anything with its two members used here."""
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+
+    def read(self, start: int, stop: int) -> Any:
+        """An object whose `.features` is [stop − start, K]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One checkpoint's part: its training features, and (ΦᵀΦ + λI)⁻¹φ(z) of the targets, [T, K]."""
+
+    rows: FeatureRows
+    solved_TK: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """For each target, k training rows in order.
+
+    Attributes:
+        rows: [T, k] int64.
+        scores: [T, k].
+    """
+
+    rows: Tensor
+    scores: Tensor
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows [k], scores [k]) of each target in turn."""
+        return iter(zip(self.rows, self.scores))
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+
+class Scores(ABC):
+    """An [N, T] matrix of scores that is computed or read where it is asked for.
+
+    `scores[rows, targets]` takes integers, slices, lists or tensors on either side and returns a tensor; `numpy.asarray(scores)`
+    and `scores.tensor()` give the whole matrix; `scores.blocks()` gives it in row blocks; `scores.top(k)` needs memory for
+    T × k only. Positive = the training example raises the target's model output.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(N, T)."""
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop, [stop − start, T] float32 (float64 where the features are)."""
+
+    @abstractmethod
+    def select_targets(self, targets: Tensor) -> Scores:
+        """The same rows, for some of the targets (positions, [t] int64)."""
+
+    @property
+    def num_train(self) -> int:
+        """N."""
+        return self.shape[0]
+
+    @property
+    def num_targets(self) -> int:
+        """T."""
+        return self.shape[1]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_train={self.num_train}, num_targets={self.num_targets})"
+
+    def blocks(self, block_rows: int = DEFAULT_BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
+        """(first row, scores [R, T]) in row order."""
+        for start in range(0, self.num_train, block_rows):
+            yield start, self.read(start, min(start + block_rows, self.num_train))
+
+    def tensor(self) -> Tensor:
+        """The whole matrix in memory, [N, T].
+
+        Raises:
+            InputError: it would not fit: read it in blocks, or save it to disk.
+        """
+        _refuse_if_too_large(self.shape)
+        parts = [block for _, block in self.blocks()]
+        return torch.cat(parts) if parts else torch.zeros(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("scores are computed where they are read: an array of them is always a copy")
+        return self.tensor().numpy().astype(dtype or np.float32, copy=False)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        rows_key, targets_key = key if isinstance(key, tuple) else (key, slice(None))
+        rows, squeeze_rows = _positions(rows_key, self.num_train, "training row")
+        targets, squeeze_targets = _positions(targets_key, self.num_targets, "target")
+        everything = torch.equal(targets, torch.arange(self.num_targets))
+        chosen = self if everything else self.select_targets(targets)
+        out = _gather_rows(chosen, rows)
+        out = out[0] if squeeze_rows else out
+        return out[..., 0] if squeeze_targets else out
+
+    def top(self, k: int = 10) -> Ranking:
+        """The k most positive training rows of each target, strongest first; equal scores by row."""
+        return extreme_rows(self, k, largest=True)
+
+    def bottom(self, k: int = 10) -> Ranking:
+        """The k most negative training rows of each target, most negative first; equal scores by row."""
+        return extreme_rows(self, k, largest=False)
+
+    def soft_threshold(self, threshold: float | Tensor) -> Scores:
+        """sign(τ) · max(|τ| − threshold, 0), with one threshold or one for each target [T] (Park et al. 2023, appendix A.2)."""
+        return ThresholdedScores(self, _check_threshold(threshold, self.num_targets))
+
+    def save(self, path: str | Path, *, block_rows: int = DEFAULT_BLOCK_ROWS) -> Path:
+        """Write the matrix to a NumPy `.npy` file, block by block; readable with `numpy.load(path, mmap_mode="r")`.
+
+        Written under a temporary name and renamed, so a file that exists is complete.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=self.shape)
+            for start, block in self.blocks(block_rows):
+                out[start : start + block.shape[0]] = block.float().numpy()
+            out.flush()
+            del out
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class KernelScores(Scores):
+    """[1/M Σ_m φ_m(z)ᵀ(Φ_mᵀΦ_m + λ_m I)⁻¹φ_m(z_i)] · q̄_i, from the stored features (Park et al. 2023, equation 17).
+
+    Attributes:
+        members: one for each checkpoint.
+        weights: q̄, [N]: the mean over checkpoints of each training example's loss weight.
+        device: where products are formed; blocks are returned on the CPU.
+    """
+
+    members: tuple[Member, ...]
+    weights: Tensor
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, T)."""
+        return self.members[0].rows.num_rows, self.members[0].solved_TK.shape[0]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop, [stop − start, T]."""
+        total_RT: Tensor | None = None
+        for member in self.members:
+            features_RK = member.rows.read(start, stop).features.to(self.device)
+            solved_KT = member.solved_TK.to(device=self.device, dtype=features_RK.dtype).T
+            total_RT = features_RK @ solved_KT if total_RT is None else total_RT.addmm_(features_RK, solved_KT)
+        assert total_RT is not None
+        weights_R1 = self.weights[start:stop].to(total_RT).unsqueeze(1)
+        return total_RT.mul_(weights_R1 / len(self.members)).cpu()
+
+    def select_targets(self, targets: Tensor) -> Scores:
+        """The same members with fewer targets."""
+        members = tuple(Member(member.rows, member.solved_TK[targets.to(member.solved_TK.device)]) for member in self.members)
+        return KernelScores(members, self.weights, self.device)
+
+    def member(self, index: int, weights: Tensor) -> Scores:
+        """One checkpoint's scores, with that checkpoint's own weights q_m [N]."""
+        return KernelScores((self.members[index],), weights, self.device)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ArrayScores(Scores):
+    """Scores that are there: a NumPy array, a memory-mapped file or a tensor [N, T]."""
+
+    values: Any
+
+    def __post_init__(self) -> None:
+        if getattr(self.values, "ndim", None) != 2:
+            shape = getattr(self.values, "shape", None)
+            raise InputError(f"scores must be a matrix [training rows, targets]; got {type(self.values).__name__} of shape {shape}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, T)."""
+        return int(self.values.shape[0]), int(self.values.shape[1])
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop, [stop − start, T]."""
+        part = self.values[start:stop]
+        return part.detach().cpu() if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+
+    def select_targets(self, targets: Tensor) -> Scores:
+        """Some of the columns."""
+        return ColumnScores(self, targets)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ColumnScores(Scores):
+    """Some columns of other scores."""
+
+    base: Scores
+    targets: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, number of chosen targets)."""
+        return self.base.num_train, len(self.targets)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop, [stop − start, t]."""
+        return self.base.read(start, stop)[:, self.targets]
+
+    def select_targets(self, targets: Tensor) -> Scores:
+        """Some of these columns."""
+        return ColumnScores(self.base, self.targets[targets])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ThresholdedScores(Scores):
+    """sign(τ) · max(|τ| − threshold, 0)."""
+
+    base: Scores
+    threshold: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, T)."""
+        return self.base.shape
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows start to stop, [stop − start, T]."""
+        values_RT = self.base.read(start, stop)
+        return values_RT.sign() * (values_RT.abs() - self.threshold.to(values_RT)).clamp_min(0)
+
+    def select_targets(self, targets: Tensor) -> Scores:
+        """Some of the columns, each with its threshold."""
+        threshold = self.threshold if self.threshold.ndim == 0 else self.threshold[targets]
+        return ThresholdedScores(self.base.select_targets(targets), threshold)
+
+
+def extreme_rows(scores: Scores, k: int, *, largest: bool) -> Ranking:
+    """The k rows with the largest (or smallest) scores of each target; equal scores in row order.
+
+    One pass over row blocks that keeps k candidates per target: a stable sort of the candidates (whose rows come first) and the
+    block gives the same answer for every block size.
+
+    Raises:
+        InputError: k below 1.
+    """
+    if not isinstance(k, int) or k < 1:
+        raise InputError(f"k must be a whole number ≥ 1; got {k!r}")
+    best_Tk: Tensor | None = None
+    rows_Tk = torch.empty(scores.num_targets, 0, dtype=torch.int64)
+    for start, block_RT in scores.blocks():
+        block_rows = torch.arange(start, start + block_RT.shape[0]).expand(scores.num_targets, -1)
+        values = block_RT.T if best_Tk is None else torch.cat([best_Tk, block_RT.T], dim=1)
+        rows = torch.cat([rows_Tk, block_rows], dim=1)
+        ordered, order = values.sort(dim=1, descending=largest, stable=True)
+        best_Tk, rows_Tk = ordered[:, :k].contiguous(), rows.gather(1, order[:, :k])
+    return Ranking(rows_Tk, torch.empty(scores.num_targets, 0) if best_Tk is None else best_Tk)
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that may be taken now, None where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _refuse_if_too_large(shape: tuple[int, int]) -> None:
+    needed, available = 4 * shape[0] * shape[1], available_memory()
+    if available is not None and needed > 0.9 * available:
+        raise InputError(
+            f"the whole score matrix {list(shape)} needs {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free: "
+            "use scores.top(k), scores.blocks(), scores[rows, targets], or scores.save(path) to have it on disk"
+        )
+
+
+def _positions(key: Any, size: int, what: str) -> tuple[Tensor, bool]:
+    """Positions [n] int64 for an index of any usual kind, and whether it was a single number."""
+    if isinstance(key, (int, np.integer)):
+        if not -size <= key < size:
+            raise IndexError(f"{what} {key} does not exist: there are {size}")
+        return torch.tensor([key % size]), True
+    if isinstance(key, slice):
+        return torch.arange(size)[list(range(*key.indices(size)))], False
+    index = torch.as_tensor(np.asarray(key) if isinstance(key, Sequence) else key)
+    if index.dtype == torch.bool:
+        if index.shape != (size,):
+            raise IndexError(f"a boolean index of {what}s must have shape [{size}]; got {list(index.shape)}")
+        return index.nonzero().squeeze(1), False
+    if index.ndim == 0:
+        return _positions(int(index), size, what)
+    if index.numel() and not (-size <= int(index.min()) and int(index.max()) < size):
+        raise IndexError(f"{what}s must lie in [0, {size}); got {int(index.min())} to {int(index.max())}")
+    return index.long() % max(size, 1), False
+
+
+def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:
+    """scores[rows, :] reading each run of neighbouring rows once, in blocks."""
+    if len(rows) == 0:
+        return torch.zeros(0, scores.num_targets)
+    out: Tensor | None = None
+    sorted_rows, order = rows.sort()
+    for start in range(0, scores.num_train, DEFAULT_BLOCK_ROWS):
+        low, high = torch.searchsorted(sorted_rows, torch.tensor([start, start + DEFAULT_BLOCK_ROWS])).tolist()
+        if low == high:
+            continue
+        first, last = int(sorted_rows[low]), int(sorted_rows[high - 1])
+        block = scores.read(first, last + 1)
+        out = block.new_empty(len(rows), scores.num_targets) if out is None else out
+        out[order[low:high]] = block[sorted_rows[low:high] - first]
+    assert out is not None
+    return out
+
+
+def _check_threshold(threshold: float | Tensor, num_targets: int) -> Tensor:
+    value = torch.as_tensor(threshold, dtype=torch.float32)
+    if value.ndim > 1 or (value.ndim == 1 and len(value) != num_targets) or bool((value < 0).any()):
+        raise InputError(f"a threshold must be one number ≥ 0, or one for each of the {num_targets} targets; got shape {list(value.shape)}")
+    return value

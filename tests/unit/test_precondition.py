@@ -1,0 +1,96 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trak.errors import InputError, SingularGramError
+from trak.precondition import AutomaticDamping, FixedDamping, RelativeDamping, accumulate_moments, fit_preconditioner, resolve_damping
+
+
+def moments(features, groups=None, rows=7, **options):
+    outputs = torch.arange(len(features), dtype=features.dtype)
+    blocks = [(features[i : i + rows], outputs[i : i + rows]) for i in range(0, len(features), rows)]
+    return accumulate_moments(blocks, groups or [(0, features.shape[1])], **options)
+
+
+def test_moments_are_the_products():
+    features = torch.randn(30, 6, dtype=torch.float64)
+    got = moments(features, [(0, 2), (2, 6)], product_dtype=torch.float64)
+    torch.testing.assert_close(got.grams[1], features[:, 2:].T @ features[:, 2:])
+    torch.testing.assert_close(got.cross[0], features[:, :2].T @ torch.arange(30, dtype=torch.float64))
+    assert got.num_rows == 30
+    assert got.outputs_square == sum(i * i for i in range(30))
+
+
+def test_small_rows_are_not_lost_beside_large_ones():
+    # In a float32 sum 1e8 + 1e-1 is 1e8: blocks are added in float64.
+    features = torch.full((2001, 1), 0.1)
+    features[0] = 1e4
+    got = moments(features, rows=1)
+    torch.testing.assert_close(float(got.grams[0]), 1e8 + 2000 * 0.01, rtol=1e-9, atol=0.0)
+
+
+@settings(max_examples=25)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 8), damping=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+def test_solve_and_leverage(rows, columns, damping, seed):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    fitted = fit_preconditioner(moments(features, product_dtype=torch.float64), FixedDamping(damping))
+    inverse = torch.linalg.inv(features.T @ features + damping * torch.eye(columns, dtype=torch.float64))
+    targets = torch.randn(3, columns, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(fitted.solve(targets), targets @ inverse, rtol=1e-7, atol=1e-9)
+    leverage = fitted.leverage(features)
+    torch.testing.assert_close(leverage, torch.einsum("ri,ij,rj->r", features, inverse, features), rtol=1e-7, atol=1e-9)
+    assert (leverage >= 0).all() and (leverage <= 1 + 1e-9).all()
+
+
+def test_groups_are_solved_apart():
+    features = torch.randn(30, 6, dtype=torch.float64)
+    fitted = fit_preconditioner(moments(features, [(0, 2), (2, 6)], product_dtype=torch.float64), FixedDamping(0.5))
+    targets = torch.randn(4, 6, dtype=torch.float64)
+    expected = torch.cat(
+        [
+            targets[:, a:b] @ torch.linalg.inv(features[:, a:b].T @ features[:, a:b] + 0.5 * torch.eye(b - a, dtype=torch.float64))
+            for a, b in [(0, 2), (2, 6)]
+        ],
+        1,
+    )
+    torch.testing.assert_close(fitted.solve(targets), expected)
+
+
+def test_damping_rules():
+    features = torch.randn(50, 4, dtype=torch.float64)
+    got = moments(features, product_dtype=torch.float64)
+    trace = float((features**2).sum())
+    for rule, expected in ((0.3, 0.3), (RelativeDamping(0.5), 0.5 * trace / 4), ("auto", trace / 1000)):
+        assert fit_preconditioner(got, resolve_damping(rule)).dampings[0] == pytest.approx(expected)
+    assert isinstance(resolve_damping("auto"), AutomaticDamping)
+
+
+@pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), "lots", None, True])
+def test_bad_damping(bad):
+    with pytest.raises(InputError, match="damping"):
+        resolve_damping(bad)
+    if isinstance(bad, float):
+        with pytest.raises(InputError, match="ratio"):
+            RelativeDamping(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_cases(dtype):
+    wide = torch.randn(5, 9, dtype=dtype)
+    with pytest.raises(SingularGramError, match="only 5 training rows"):
+        fit_preconditioner(moments(wide, product_dtype=dtype), FixedDamping(0.0))
+    zero = torch.randn(40, 4, dtype=dtype)
+    zero[:, 2] = 0
+    repeated = torch.randn(40, 4, dtype=dtype)
+    repeated[:, 3] = repeated[:, 0]
+    for features in (zero, repeated):
+        with pytest.raises(SingularGramError, match=r"columns 0 to 3\) is singular in working precision"):
+            fit_preconditioner(moments(features, product_dtype=dtype), FixedDamping(0.0), where="checkpoint 1")
+        fit_preconditioner(moments(features, product_dtype=dtype), AutomaticDamping())
+
+
+def test_all_zero_features_are_refused_even_with_automatic_damping():
+    with pytest.raises(SingularGramError):
+        fit_preconditioner(moments(torch.zeros(10, 3)), AutomaticDamping())
