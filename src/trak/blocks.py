@@ -1,7 +1,7 @@
 """Per-example gradients of one parameter, dense or as the factors of an outer product.
 
-Shape legend: B examples, G groups, T positions (time, pixels), R rows and C columns of the parameter seen as a
-matrix: R = shape[0], C = the product of the rest (1 for a vector).
+Shape legend: B examples, G groups, T positions (time, pixels), R rows and C columns of the parameter seen as
+a matrix: R = shape[0], C = the product of the rest (1 for a vector).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class Block(ABC):
         name: the parameter's canonical name (the first under which `named_parameters` gives it).
         shape: the parameter's shape.
 
-    One parameter may come in several blocks of the same name (a module used twice, tied weights): its gradient is their sum.
+    One parameter may come in several blocks of the same name (a module used twice, tied weights): its
+    gradient is their sum.
     """
 
     name: str
@@ -71,8 +72,8 @@ class DenseBlock(Block):
 class OuterBlock(Block):
     """A sum over positions of outer products: G_b[g] = Σ_t left[b, g, t] ⊗ right[b, g, t].
 
-    left: [B, G, T, R / G], right: [B, G, T, C]. Group g owns rows g·R/G to (g+1)·R/G. For a Linear (G = 1) left is the
-    gradient of the layer's outputs and right its inputs.
+    left: [B, G, T, R / G], right: [B, G, T, C]. Group g owns rows g·R/G to (g+1)·R/G. For a Linear (G = 1)
+    left is the gradient of the layer's outputs and right its inputs.
     """
 
     left: Tensor
@@ -127,7 +128,8 @@ class IndexBlock(Block):
 class ConvBlock(Block):
     """A convolution's weight gradient, kept as the layer's inputs and the gradient of its outputs.
 
-    N = B·S images: S consecutive ones belong to one example (S = 1 nearly always), and their gradients are summed.
+    N = B·S images: S consecutive ones belong to one example (S = 1 nearly always), and their gradients are
+    summed.
 
     Attributes:
         inputs: [N, C_in, *spatial], with any padding that is not zeros already applied.
@@ -153,8 +155,8 @@ class ConvBlock(Block):
     def dense(self) -> Tensor:
         """The weight gradients, [B, *shape].
 
-        On a CPU as one convolution whose groups are the images (about the price of the batch's weight gradient); elsewhere by
-        patches and a batched matrix product.
+        On a CPU as one convolution whose groups are the images (about the price of the batch's weight
+        gradient); elsewhere by patches and a batched matrix product.
         """
         by_image = self._by_grouped_convolution() if self.inputs.device.type == "cpu" else self.by_patches()
         return by_image.reshape(self.examples, -1, *self.shape).sum(1)
@@ -179,7 +181,10 @@ class ConvBlock(Block):
         return patches.permute(order).reshape(images, self.groups, prod(self.shape[1:]), -1).transpose(-1, -2)
 
     def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
-        """Σ_l (rowsᵀ gradient_l) ⊗ (columnsᵀ patch_l), [B, A, D]: the columns are filters, so that patches are never formed."""
+        """Σ_l (rowsᵀ gradient_l) ⊗ (columnsᵀ patch_l), [B, A, D].
+
+        The columns are filters, so that patches are never formed.
+        """
         images, groups = self.inputs.shape[0], self.groups
         filters = columns_CD.T.reshape(-1, *self.shape[1:])
         inputs = self.inputs.reshape(images * groups, -1, *self.inputs.shape[2:])
@@ -193,7 +198,10 @@ class ConvBlock(Block):
         return by_group.reshape(self.examples, -1, *by_group.shape[-2:]).sum(1)
 
     def _by_grouped_convolution(self) -> Tensor:
-        """Gradients per image, [N, *shape]: the images become groups of one convolution over a batch of one."""
+        """Gradients per image, [N, *shape].
+
+        The images become groups of one convolution over a batch of one.
+        """
         images = self.inputs.shape[0]
         weight_gradient = _WEIGHT_GRADIENTS[len(self.stride)]
         flat = weight_gradient(

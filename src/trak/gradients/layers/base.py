@@ -1,0 +1,87 @@
+"""What a layer rule is: the parameters of a module that it knows, and how their gradients are had.
+
+Shape legend: B examples, N = B·S rows of the layer's leading dimension (S consecutive ones per example, S = 1
+nearly always), T positions per example, I inputs, O outputs, C channels, L pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from trak.blocks import Block, DenseBlock
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """One call of a layer within a batched forward pass, when the backward pass comes by.
+
+    Attributes:
+        module: the layer, with the checkpoint's tensors in it.
+        inputs: its first argument, [N, ...], detached.
+        gradient: gradient of its output, [N, ...], in the parameters' dtype.
+        names: attributed parameters of this module, local name to canonical name.
+        batch_size: B, which divides N; rows of one example are consecutive.
+    """
+
+    module: Any
+    inputs: Tensor
+    gradient: Tensor
+    names: Mapping[str, str]
+    batch_size: int
+
+    def event_rows(self, event_ndim: int) -> LayerCall:
+        """The call with a leading dimension, which a lone event of a batch of one may lack."""
+        if self.inputs.ndim > event_ndim:
+            return self
+        return replace(self, inputs=self.inputs.unsqueeze(0), gradient=self.gradient.unsqueeze(0))
+
+    def dense(self, local: str, values: Tensor) -> Iterator[Block]:
+        """A dense block of `values` [B, ...], if this parameter is attributed."""
+        shape = tuple(getattr(self.module, local).shape)
+        yield DenseBlock(self.names[local], shape, values.reshape(self.batch_size, *shape))
+
+
+class LayerRule(ABC):
+    """Gradients of one kind of layer. Implementations have no state."""
+
+    @abstractmethod
+    def covers(self, module: nn.Module) -> frozenset[str]:
+        """Local names of parameters whose gradients this rule gives.
+
+        Empty for modules that are not its kind.
+        """
+
+    @abstractmethod
+    def event_ndim(self, module: Any) -> int:
+        """Dimensions of the input that one row holds.
+
+        An input with no more than these has no batch dimension.
+        """
+
+    @abstractmethod
+    def blocks(self, call: LayerCall) -> Iterator[Block]:
+        """Blocks of the attributed parameters."""
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module], methods: tuple[str, ...] = ("forward",)) -> bool:
+    """Whether the module computes exactly what one of these classes does.
+
+    Subclasses count as long as they leave `methods` alone, and nothing is patched onto the instance.
+    """
+    if any(method in vars(module) for method in methods):
+        return False
+    return any(
+        isinstance(module, kind)
+        and all(getattr(type(module), method) is getattr(kind, method) for method in methods)
+        for kind in kinds
+    )
+
+
+def own_parameters(module: nn.Module, *names: str) -> frozenset[str]:
+    """Those of `names` that are parameters of this very module."""
+    return frozenset(name for name in names if module._parameters.get(name) is not None)

@@ -1,0 +1,114 @@
+"""Hugging Face models, tiny and random."""
+
+import pytest
+import torch
+
+from trak.errors import GradientError
+from trak.gradients import Auto, Functional, Hooked, Reference, check_first_batch, model_state
+from trak.testing.gradients import collect
+from trak.testing.models import Readout
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"vocab_size": 19, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small take longer in two
+    yield
+    torch.set_num_threads(threads)
+
+
+def bert():
+    config = transformers.BertConfig(
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        max_position_embeddings=10,
+        attn_implementation="eager",
+        **SMALL,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def gpt2():
+    config = transformers.GPT2Config(
+        n_embd=8, n_layer=2, n_head=2, n_positions=10, attn_implementation="eager", use_cache=False, **SMALL
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=10,
+        attn_implementation="eager",
+        use_cache=False,
+        **SMALL,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def t5():
+    config = transformers.T5Config(
+        d_model=8, d_ff=12, d_kv=4, num_layers=1, num_heads=2, attn_implementation="eager", **SMALL
+    )
+    return transformers.T5EncoderModel(config).encoder
+
+
+def build(make):
+    torch.manual_seed(0)
+    model = make().double()
+    batch = {"input_ids": torch.randint(3, 19, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+    batch["attention_mask"][1, 4:] = 0
+    return model, batch
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, llama])
+def test_all_sources_agree(make):
+    model, batch = build(make)
+    sources = [Hooked(), Functional()]
+    if make is bert:  # looks whether the mask hides anything, a branch on values that vmap cannot take
+        with pytest.raises(GradientError, match="vmap"):
+            collect(sources.pop(), model, batch)
+    outputs, wanted = collect(Reference(), model, batch)
+    for gradients in sources:
+        got_outputs, got = collect(gradients, model, batch)
+        torch.testing.assert_close(got_outputs.f, outputs.f, rtol=1e-5, atol=1e-6)
+        for name, values in wanted.items():
+            # Llama computes its norms and rotations in float32 whatever its weights are in.
+            atol = (1e-5 if make is llama else 1e-9) * max(float(values.abs().max()), 1e-3)
+            torch.testing.assert_close(
+                got[name], values, rtol=1e-5, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, llama])
+def test_hooks_are_chosen_and_pass_the_check(make):
+    model, batch = build(make)
+    names = [name for name, _ in model.named_parameters()]
+    assert (
+        check_first_batch(Auto(), model, model_state(model, None, "cpu"), Readout(), batch, names) == Hooked()
+    )
+
+
+def test_position_tables_without_batch_dimension_are_left_to_vmap():
+    """T5 looks up a table of relative positions for all examples at once."""
+    model, batch = build(t5)
+    del batch["attention_mask"]
+
+    class Encoded(Readout):
+        def output(self, model, batch):
+            return model(**batch).last_hidden_state.flatten(1).tanh().sum(1)
+
+    names = [name for name, _ in model.named_parameters() if "relative_attention_bias" not in name]
+    state = model_state(model, None, "cpu")
+    assert check_first_batch(Auto(), model, state, Encoded(), batch, names) == Hooked()
+    every = [name for name, _ in model.named_parameters()]
+    assert check_first_batch(Auto(), model, state, Encoded(), batch, every) == Functional()
