@@ -1,0 +1,164 @@
+"""The generator: published answers, an independent implementation, keys, and packed against plain signs."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from trak.projection.philox import _rounds, derive_key, draw_words, philox4x32
+from trak.projection.signs import (
+    _look_up_by_numpy,
+    _look_up_by_torch,
+    _pack_by_numpy,
+    _pack_by_torch,
+    draw_packed_signs,
+    reference_signs,
+    unpack_signs,
+)
+from trak.projection.sparse import draw_hashes
+
+ONES = 0xFFFFFFFF
+# Known answers published with the Random123 library (philox4x32, 10 rounds): counter, key, words.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def philox_by_integers(counter, key):
+    """Straight from the paper, on Python's integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        first, second = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(second >> 32) ^ c[1] ^ k[0], second & ONES, (first >> 32) ^ c[3] ^ k[1], first & ONES]
+        k = [(k[0] + 0x9E3779B9) & ONES, (k[1] + 0xBB67AE85) & ONES]
+    return tuple(c)
+
+
+def philox_by_uint64(counters, key):
+    """Unsigned 64-bit NumPy, where products need no mask: another arithmetic than the library's."""
+    c = [np.asarray(counter, dtype=np.uint64) for counter in counters]
+    k0, k1 = (np.uint64(word) for word in key)
+    low, half = np.uint64(ONES), np.uint64(32)
+    for _ in range(10):
+        first, second = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(second >> half) ^ c[1] ^ k0, second & low, (first >> half) ^ c[3] ^ k1, first & low]
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return c
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_published_answers(counter, key, words):
+    tensors = [torch.tensor([word]) for word in counter]
+    assert tuple(int(word) for word in philox4x32(tensors, key)) == words
+    assert (
+        tuple(int(word) for word in _rounds(torch, [*tensors, *(t.clone() for t in tensors[:2])], key))
+        == words
+    )
+    assert philox_by_integers(counter, key) == words
+    assert tuple(int(word[0]) for word in philox_by_uint64([[word] for word in counter], key)) == words
+
+
+def test_numpy_and_torch_run_the_same_arithmetic():
+    generator = torch.Generator().manual_seed(0)
+    counters = [torch.randint(0, ONES + 1, (3, 500), generator=generator) for _ in range(4)]
+    key = (0xDEADBEEF, 0xFEEDFACE)
+    kept = [counter.clone() for counter in counters]
+    got = philox4x32(counters, key)
+    assert all(torch.equal(counter, before) for counter, before in zip(counters, kept)), (
+        "the input was overwritten"
+    )
+    buffers = [counter.clone() for counter in counters] + [torch.empty_like(counters[0]) for _ in range(2)]
+    on_torch = _rounds(torch, buffers, key)
+    for mine, other, theirs in zip(got, on_torch, philox_by_uint64([c.numpy() for c in counters], key)):
+        assert torch.equal(mine, other)
+        assert np.array_equal(mine.numpy().astype(np.uint64), theirs)
+
+
+def test_counters_are_row_low_row_high_block_zero():
+    rows = torch.tensor([0, 5, (1 << 32) - 1, 1 << 32, (7 << 32) + 3])
+    key = (1, 2)
+    words = draw_words(key, rows, 3)
+    for index, row in enumerate(rows.tolist()):
+        for block in range(3):
+            expected = philox_by_integers((row & ONES, row >> 32, block, 0), key)
+            assert tuple(int(word[index, block]) for word in words) == expected
+
+
+def test_key_is_the_documented_hash():
+    digest = hashlib.sha256(b"trak-projection\nkronecker\n1\n-3\n12\nrows.0\nlayer.\xc3\xa9.weight").digest()
+    expected = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
+    assert derive_key("kronecker", 1, -3, 12, "layer.é.weight", "rows.0") == expected
+
+
+def test_keys_do_not_collide():
+    keys = {
+        derive_key(kind, version, seed, checkpoint, f"layers.{layer}.weight", role)
+        for kind in ("rademacher", "sparse")
+        for version in (1, 2)
+        for seed in range(20)
+        for checkpoint in range(20)
+        for layer in range(20)
+        for role in ("", "rows.0")
+    }
+    assert len(keys) == 2 * 2 * 20 * 20 * 20 * 2
+    assert derive_key("a", 1, 11, 1, "w") != derive_key("a", 1, 1, 11, "w")
+    assert derive_key("a", 1, 1, 1, "b\nw") != derive_key("a", 1, 1, 1, "w", "b")
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 31, 128, 129, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_signs_are_the_plain_ones(columns, dtype):
+    rows = torch.tensor([0, 3, 1 << 33, 17])
+    packed = draw_packed_signs((3, 4), rows, columns)
+    assert packed.shape == (4, -(-columns // 8))
+    signs = unpack_signs(packed, columns, dtype)
+    assert signs.dtype == dtype
+    assert torch.equal(signs, reference_signs((3, 4), rows, columns).to(dtype))
+    for index, row in enumerate(rows.tolist()):
+        for column in range(columns):
+            block, bit = divmod(column, 128)
+            word = philox_by_integers((row & ONES, row >> 32, block, 0), (3, 4))[bit // 32]
+            assert signs[index, column] == (1 if word >> bit % 32 & 1 else -1)
+
+
+def test_numpy_and_torch_pack_and_unpack_alike():
+    words = draw_words((1, 2), torch.arange(50), 3)
+    packed = _pack_by_numpy(words)
+    assert torch.equal(packed, _pack_by_torch(words))
+    one, two = torch.empty(2, packed.numel(), 8)
+    _look_up_by_numpy(packed, one)
+    _look_up_by_torch(packed, two)
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("nonzeros", "columns"), [(1, 1), (1, 100), (3, 100), (5, 5), (4, 7)])
+def test_sparse_columns_and_signs_by_their_description(nonzeros, columns):
+    entries = torch.tensor([0, 1, 2, 1 << 35])
+    got_columns, got_signs = draw_hashes((8, 9), entries, nonzeros, columns)
+    for index, entry in enumerate(entries.tolist()):
+        for nonzero in range(nonzeros):
+            words = philox_by_integers((entry & ONES, entry >> 32, nonzero // 2, 0), (8, 9))
+            first, last = nonzero * columns // nonzeros, (nonzero + 1) * columns // nonzeros
+            place = words[2 * (nonzero % 2)] * (last - first) // 2**32
+            assert got_columns[nonzero, index] == first + place
+            assert got_signs[nonzero, index] == (1 if words[2 * (nonzero % 2) + 1] & 1 else -1)
+        assert len(set(got_columns[:, index].tolist())) == nonzeros
+
+
+def test_signs_are_fair_and_columns_even():
+    signs = reference_signs((5, 6), torch.arange(2000), 256).double()
+    count = signs.numel()
+    assert abs(signs.sum()) < 5 * count**0.5
+    assert signs.sum(0).abs().max() < 5 * 2000**0.5
+    assert signs.sum(1).abs().max() < 5 * 256**0.5
+    columns, _ = draw_hashes((5, 6), torch.arange(64000), 1, 64)
+    counts = columns.flatten().bincount(minlength=64).double()
+    chi_square = float(((counts - 1000) ** 2 / 1000).sum())
+    assert abs(chi_square - 63) < 5 * (2 * 63) ** 0.5

@@ -1,0 +1,207 @@
+"""Golden numbers, and their independence of batch, tiles, cache, form of the block and dtype."""
+
+import pytest
+import torch
+
+from trak.blocks import DenseBlock, IndexBlock, OuterBlock
+from trak.projection import Gaussian, Identity, Kronecker, Rademacher, Sparse, pieces, sparse, tiles
+from trak.testing.projection import SHAPES, example_blocks, flat_gradients, full_matrix, project
+
+KINDS = [
+    Rademacher(40),
+    Gaussian(40),
+    Sparse(40),
+    Sparse(40, nonzeros=3),
+    Rademacher(60, per_layer=True),
+    Gaussian(60, per_layer=True),
+    Sparse(60, nonzeros=2, per_layer=True),
+    Kronecker(40),
+    Kronecker(40, sketches=2),
+    Identity(),
+]
+
+# First entries of the matrix of "fc.weight" for checkpoint 3, without the scale of the kind.
+# They may change only together with `version`.
+GOLDEN = {
+    Rademacher(40): [
+        [1, 1, -1, 1, 1, 1, 1, -1],
+        [-1, -1, 1, 1, 1, 1, -1, 1],
+        [-1, 1, 1, -1, -1, -1, -1, -1],
+        [1, -1, 1, -1, -1, -1, -1, 1],
+    ],
+    Gaussian(40): [
+        [0.5337507, -0.5977465, 0.0916852, 0.7583237],
+        [-0.959683, 1.5686842, -0.9196832, 0.6201727],
+        [-0.5825603, 2.884398, 0.8242289, -1.3649192],
+        [-1.5489634, -0.3571547, -0.4426095, -0.6773245],
+    ],
+    Sparse(5): [[0, -1, 0, 0, 0], [0, 0, -1, 0, 0], [0, 0, 0, 0, -1], [-1, 0, 0, 0, 0]],
+    Sparse(6, nonzeros=2): [
+        [-1, 0, 0, 0, 1, 0],
+        [0, -1, 0, 0, 0, -1],
+        [0, 0, -1, 0, 1, 0],
+        [-1, 0, 0, 0, 0, 1],
+    ],
+    Kronecker(7): [[1], [1], [1], [-1]],
+    Kronecker(40): [
+        [-0.7071068, 0, 0, 0, 0, -0.7071068, 0, 0],
+        [-0.7071068, 0, 0, 0, 0, 0.7071068, 0, 0],
+        [-0.7071068, 0, 0, 0, 0, -0.7071068, 0, 0],
+        [0.7071068, 0, 0, 0, 0, 0.7071068, 0, 0],
+    ],
+    Rademacher(60, per_layer=True): [
+        [1, 1, -1, 1, 1, 1, 1, -1],
+        [-1, -1, 1, 1, 1, 1, -1, 1],
+        [-1, 1, 1, -1, -1, -1, -1, -1],
+        [1, -1, 1, -1, -1, -1, -1, 1],
+    ],
+}
+
+
+@pytest.mark.parametrize(("projection", "rows"), GOLDEN.items(), ids=lambda value: repr(value)[:40])
+def test_golden_values(projection, rows):
+    assert projection.version == 1
+    state = projection.init(SHAPES, checkpoint=3, dtype=torch.float64)
+    matrix = projection.matrix(state, "fc.weight")
+    scaled = (
+        matrix / matrix.abs().max() if not isinstance(projection, Gaussian) else matrix * projection.dim**0.5
+    )
+    start = next(column.start for column in projection.columns(SHAPES) if column.name in ("all", "fc"))
+    got = scaled[: len(rows), start : start + len(rows[0])]
+    torch.testing.assert_close(got, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=5e-7)
+
+
+@pytest.mark.parametrize("projection", KINDS, ids=repr)
+def test_same_matrix_in_float32_and_float64(projection):
+    single, double = full_matrix(projection, dtype=torch.float32), full_matrix(projection)
+    torch.testing.assert_close(single.double(), double, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Rademacher, Gaussian, Sparse])
+def test_cache_changes_no_bit(kind):
+    blocks = example_blocks(dtype=torch.float32)
+    expected = None
+    for cache_bytes in (1 << 30, 100, 0):
+        projection = kind(130, cache_bytes=cache_bytes)
+        state = projection.init(SHAPES)
+        for _ in range(2):
+            out = state.zeros(3)
+            for block in blocks:
+                projection.add(state, block, out)
+            expected = out if expected is None else expected
+            assert torch.equal(out, expected)
+        assert state.cache.used <= cache_bytes
+
+
+@pytest.mark.parametrize("projection", KINDS, ids=repr)
+def test_tiles_and_pieces_change_no_number(projection, monkeypatch):
+    blocks = example_blocks(batch_size=4)
+    expected = project(projection, blocks)
+    monkeypatch.setattr(tiles, "tile_rows", lambda columns: 7)
+    monkeypatch.setattr(sparse, "TILE_ENTRIES", 7)
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", 50)
+    got = project(projection, blocks)
+    if isinstance(projection, (Sparse, Identity)):
+        assert torch.equal(got, expected)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("projection", [Sparse(40), Sparse(40, nonzeros=3), Identity()], ids=repr)
+def test_batches_change_no_bit(projection):
+    block = DenseBlock("w", (300, 70), torch.randn(9, 300, 70))
+    state = projection.init({"w": (300, 70)})
+    whole = state.zeros(9)
+    projection.add(state, block, whole)
+    for start, stop in ((0, 1), (1, 3), (3, 9)):
+        part = state.zeros(stop - start)
+        projection.add(state, DenseBlock("w", (300, 70), block.values[start:stop]), part)
+        assert torch.equal(part, whole[start:stop])
+
+
+@pytest.mark.parametrize("projection", KINDS, ids=repr)
+@pytest.mark.parametrize("piece_entries", [1 << 24, 30])
+def test_tables_are_projected_without_a_dense_gradient(projection, piece_entries, monkeypatch):
+    """Rows touched often, once and never, by one example or several; in one piece and in many."""
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", piece_entries)
+    monkeypatch.setattr(sparse, "PIECE_ENTRIES", piece_entries)
+    indices = torch.tensor([[0, 3, 3, 10], [3, 7, 7, 7], [1, 0, 9, 2]])
+    block = IndexBlock("embed.weight", (11, 4), indices, torch.randn(3, 4, 4, dtype=torch.float64))
+    expected = flat_gradients([block]) @ full_matrix(projection)
+    monkeypatch.setattr(pieces, "SMALL_TABLE", 0)
+    if not isinstance(projection, Identity) and "embed" not in _exact_layers(projection):
+        monkeypatch.setattr(IndexBlock, "dense", lambda block: pytest.fail("the dense gradient was formed"))
+    torch.testing.assert_close(project(projection, [block]), expected, rtol=1e-12, atol=1e-12)
+
+
+def _exact_layers(projection):
+    state = projection.init(SHAPES)
+    return {name.rpartition(".")[0] for name, place in state.placements.items() if place.exact}
+
+
+@pytest.mark.parametrize("projection", KINDS, ids=repr)
+def test_large_outer_products_come_in_pieces(projection, monkeypatch):
+    block = OuterBlock(
+        "fc.weight", (6, 8), *(torch.randn(2, 2, 3, size, dtype=torch.float64) for size in (3, 8))
+    )
+    state = projection.init({"fc.weight": (6, 8)}, dtype=torch.float64)
+    expected, got = state.zeros(2), state.zeros(2)
+    projection.add(state, DenseBlock("fc.weight", (6, 8), block.dense()), expected)
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", 33)
+    assert [start for start, _ in pieces.dense_pieces(block)] == [0, 16, 24, 40]
+    projection.add(state, block, got)
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_gaussian_entries_are_normal():
+    state = Gaussian(400, seed=1).init({"w": (500,)}, dtype=torch.float64)
+    entries = Gaussian(400, seed=1).matrix(state, "w").flatten() * 400**0.5
+    count = entries.numel()
+    for power, (moment, variance) in {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96)}.items():
+        assert abs((entries**power).mean() - moment) < 5 * (variance / count) ** 0.5
+    assert 4 < entries.abs().max() < 6.77
+
+
+@pytest.mark.parametrize("kind", [Rademacher, Gaussian, Sparse])
+def test_other_keys_give_uncorrelated_matrices(kind):
+    shapes = {"a.weight": (20, 30), "b.weight": (20, 30)}
+    drawn = []
+    for seed in (0, 1, -1):
+        for checkpoint in (0, 1):
+            state = kind(64, seed).init(shapes, checkpoint=checkpoint, dtype=torch.float64)
+            drawn += [kind(64, seed).matrix(state, name).flatten() for name in shapes]
+    stacked = torch.stack(drawn)
+    stacked = stacked / stacked.norm(dim=1, keepdim=True)
+    correlation = stacked @ stacked.T - torch.eye(len(drawn), dtype=torch.float64)
+    # Entries of a product of two rows: one in `64` columns meets for the sparse kind, with the same variance.
+    limit = 5 / (600 * 64) ** 0.5 if kind is not Sparse else 5 / 600**0.5 / 64**0.5
+    assert correlation.abs().max() < limit
+
+
+def test_one_parameter_does_not_depend_on_the_others():
+    alone = Rademacher(40).init({"fc.weight": (5, 8)})
+    among = Rademacher(40).init(SHAPES)
+    assert torch.equal(Rademacher(40).matrix(alone, "fc.weight"), Rademacher(40).matrix(among, "fc.weight"))
+
+
+@pytest.mark.parametrize("checkpoint", [0, 1])
+def test_identity_is_the_concatenation(checkpoint):
+    blocks = example_blocks()
+    state = Identity().init(SHAPES, checkpoint=checkpoint, dtype=torch.float64)
+    out = state.zeros(3)
+    for block in blocks:
+        Identity().add(state, block, out)
+    torch.testing.assert_close(out, flat_gradients(blocks), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "projection", [Kronecker(500), *(kind(500, per_layer=True) for kind in (Rademacher, Sparse))]
+)
+def test_more_columns_than_numbers_keeps_them_all(projection):
+    torch.testing.assert_close(project(projection, example_blocks()), project(Identity(), example_blocks()))
+
+
+def test_empty_batch():
+    for projection in KINDS:
+        blocks = example_blocks(batch_size=0)
+        blocks = [block for block in blocks if block.name != "conv.weight"]
+        assert project(projection, blocks).shape == (0, projection.output_dim(SHAPES))
