@@ -35,7 +35,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
-        """(rows [B] int64, batch) for the rows of `ranges` (all of them if None), in ascending order."""
+        """(rows [B] int64, batch) in ascending order: the batches that hold a row of `ranges`, or all of them."""
 
     @abstractmethod
     def example(self, row: int) -> Any:
@@ -121,12 +121,16 @@ class IterableRows(RowSource):
         for batch in self.iterable:
             stop = start + batches.batch_size(batch)
             if stop > self.count:
-                raise InputError(f"the dataset gave {self.count} rows when it was counted and more now: it must give the same rows each time")
+                raise InputError(
+                    f"the dataset gave {self.count} rows when it was counted and more now: it must give the same rows each time"
+                )
             if ranges is None or any(low < stop and start < high for low, high in ranges):
                 yield torch.arange(start, stop), batch
             start = stop
         if start != self.count:
-            raise InputError(f"the dataset gave {self.count} rows when it was counted and {start} now: it must give the same rows each time")
+            raise InputError(
+                f"the dataset gave {self.count} rows when it was counted and {start} now: it must give the same rows each time"
+            )
 
     def example(self, row: int) -> Any:
         """Row `row`, found by reading from the front."""
@@ -162,7 +166,9 @@ def as_rows(data: Any, *, batch_size: int | None = None, what: str = "train_set"
         source = TensorRows(data.tensors, batch_size or DEFAULT_BATCH_SIZE)
     elif _is_tensor_batch(data):
         source = TensorRows(data, batch_size or DEFAULT_BATCH_SIZE)
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, dict)):
+    elif (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (str, bytes, dict))
+    ):
         source = DatasetRows(data, batch_size or DEFAULT_BATCH_SIZE, _default_collate)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
         source = _iterable_rows(data, what)
@@ -201,7 +207,9 @@ def _loader_rows(loader: DataLoader[Any], batch_size: int | None, what: str) -> 
             "torch.utils.data.Subset(dataset, rows) without a sampler"
         )
     collate = loader.collate_fn if loader.batch_size is not None else _default_collate
-    return DatasetRows(loader.dataset, batch_size or loader.batch_size or DEFAULT_BATCH_SIZE, collate, loader.num_workers)
+    return DatasetRows(
+        loader.dataset, batch_size or loader.batch_size or DEFAULT_BATCH_SIZE, collate, loader.num_workers
+    )
 
 
 def _iterable_rows(data: Iterable[Any], what: str) -> RowSource:
@@ -220,11 +228,15 @@ def _is_tensor_batch(data: Any) -> bool:
     if isinstance(data, Mapping):
         return any(isinstance(value, Tensor) for value in data.values())
     # A tuple of tuples is taken for a sequence of examples.
-    return isinstance(data, tuple) and len(data) > 0 and all(isinstance(part, (Tensor, Mapping)) for part in data)
+    return (
+        isinstance(data, tuple)
+        and len(data) > 0
+        and all(isinstance(part, (Tensor, Mapping)) for part in data)
+    )
 
 
 def _default_collate(examples: list[Any]) -> Any:
-    """torch's default collation."""
+    """Torch's default collation."""
     return torch.utils.data.default_collate(examples)
 
 
@@ -239,6 +251,13 @@ def _checked(batch: Any, expected: int) -> Any:
 
 
 def _cut(ranges: Sequence[Range] | None, num_rows: int, batch_size: int) -> Iterator[Range]:
+    """Batches [i·b, (i+1)·b) that hold a row of the ranges.
+
+    Always the same grid: a resumed run computes the same batches as one that was not interrupted, so that features are the same to
+    the last bit, at the price of a few rows computed again at the edges.
+    """
+    done = 0
     for low, high in [(0, num_rows)] if ranges is None else ranges:
-        for start in range(low, high, batch_size):
-            yield start, min(start + batch_size, high)
+        for start in range(max(low - low % batch_size, done), high, batch_size):
+            done = min(start + batch_size, num_rows)
+            yield start, done

@@ -184,14 +184,19 @@ class KernelScores(Scores):
         for member in self.members:
             features_RK = member.rows.read(start, stop).features.to(self.device)
             solved_KT = member.solved_TK.to(device=self.device, dtype=features_RK.dtype).T
-            total_RT = features_RK @ solved_KT if total_RT is None else total_RT.addmm_(features_RK, solved_KT)
+            total_RT = (
+                features_RK @ solved_KT if total_RT is None else total_RT.addmm_(features_RK, solved_KT)
+            )
         assert total_RT is not None
         weights_R1 = self.weights[start:stop].to(total_RT).unsqueeze(1)
         return total_RT.mul_(weights_R1 / len(self.members)).cpu()
 
     def select_targets(self, targets: Tensor) -> Scores:
         """The same members with fewer targets."""
-        members = tuple(Member(member.rows, member.solved_TK[targets.to(member.solved_TK.device)]) for member in self.members)
+        members = tuple(
+            Member(member.rows, member.solved_TK[targets.to(member.solved_TK.device)])
+            for member in self.members
+        )
         return KernelScores(members, self.weights, self.device)
 
     def member(self, index: int, weights: Tensor) -> Scores:
@@ -208,7 +213,9 @@ class ArrayScores(Scores):
     def __post_init__(self) -> None:
         if getattr(self.values, "ndim", None) != 2:
             shape = getattr(self.values, "shape", None)
-            raise InputError(f"scores must be a matrix [training rows, targets]; got {type(self.values).__name__} of shape {shape}")
+            raise InputError(
+                f"scores must be a matrix [training rows, targets]; got {type(self.values).__name__} of shape {shape}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -335,7 +342,9 @@ def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:
     out: Tensor | None = None
     sorted_rows, order = rows.sort()
     for start in range(0, scores.num_train, DEFAULT_BLOCK_ROWS):
-        low, high = torch.searchsorted(sorted_rows, torch.tensor([start, start + DEFAULT_BLOCK_ROWS])).tolist()
+        low, high = torch.searchsorted(
+            sorted_rows, torch.tensor([start, start + DEFAULT_BLOCK_ROWS])
+        ).tolist()
         if low == high:
             continue
         first, last = int(sorted_rows[low]), int(sorted_rows[high - 1])
@@ -349,5 +358,7 @@ def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:
 def _check_threshold(threshold: float | Tensor, num_targets: int) -> Tensor:
     value = torch.as_tensor(threshold, dtype=torch.float32)
     if value.ndim > 1 or (value.ndim == 1 and len(value) != num_targets) or bool((value < 0).any()):
-        raise InputError(f"a threshold must be one number ≥ 0, or one for each of the {num_targets} targets; got shape {list(value.shape)}")
+        raise InputError(
+            f"a threshold must be one number ≥ 0, or one for each of the {num_targets} targets; got shape {list(value.shape)}"
+        )
     return value

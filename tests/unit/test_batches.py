@@ -7,7 +7,7 @@ import torch
 from trak import batches
 from trak.errors import InputError
 
-Pair = namedtuple("Pair", "a b")  # noqa: PYI024
+Pair = namedtuple("Pair", "a b")
 
 
 @dataclass
@@ -73,7 +73,9 @@ def test_hugging_face_encoding_keeps_its_type():
     assert type(part) is type(encoding) and part["input_ids"].shape == (2, 2)
 
 
-@pytest.mark.parametrize("batch", [(), {"a": "text"}, (torch.zeros(3), torch.zeros(2)), torch.tensor(1.0), None])
+@pytest.mark.parametrize(
+    "batch", [(), {"a": "text"}, (torch.zeros(3), torch.zeros(2)), torch.tensor(1.0), None]
+)
 def test_no_batch(batch):
     with pytest.raises(InputError):
         batches.batch_size(batch)

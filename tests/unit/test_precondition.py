@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trak.errors import InputError, SingularGramError
-from trak.precondition import AutomaticDamping, FixedDamping, RelativeDamping, accumulate_moments, fit_preconditioner, resolve_damping
+from trak.precondition import (
+    AutomaticDamping,
+    FixedDamping,
+    RelativeDamping,
+    accumulate_moments,
+    fit_preconditioner,
+    resolve_damping,
+)
 
 
 def moments(features, groups=None, rows=7, **options):
@@ -31,7 +38,9 @@ def test_small_rows_are_not_lost_beside_large_ones():
 
 
 @settings(max_examples=25)
-@given(rows=st.integers(1, 40), columns=st.integers(1, 8), damping=st.floats(1e-3, 1e3), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 8), damping=st.floats(1e-3, 1e3), seed=st.integers(0, 99)
+)
 def test_solve_and_leverage(rows, columns, damping, seed):
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
@@ -40,17 +49,24 @@ def test_solve_and_leverage(rows, columns, damping, seed):
     targets = torch.randn(3, columns, dtype=torch.float64, generator=generator)
     torch.testing.assert_close(fitted.solve(targets), targets @ inverse, rtol=1e-7, atol=1e-9)
     leverage = fitted.leverage(features)
-    torch.testing.assert_close(leverage, torch.einsum("ri,ij,rj->r", features, inverse, features), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        leverage, torch.einsum("ri,ij,rj->r", features, inverse, features), rtol=1e-7, atol=1e-9
+    )
     assert (leverage >= 0).all() and (leverage <= 1 + 1e-9).all()
 
 
 def test_groups_are_solved_apart():
     features = torch.randn(30, 6, dtype=torch.float64)
-    fitted = fit_preconditioner(moments(features, [(0, 2), (2, 6)], product_dtype=torch.float64), FixedDamping(0.5))
+    fitted = fit_preconditioner(
+        moments(features, [(0, 2), (2, 6)], product_dtype=torch.float64), FixedDamping(0.5)
+    )
     targets = torch.randn(4, 6, dtype=torch.float64)
     expected = torch.cat(
         [
-            targets[:, a:b] @ torch.linalg.inv(features[:, a:b].T @ features[:, a:b] + 0.5 * torch.eye(b - a, dtype=torch.float64))
+            targets[:, a:b]
+            @ torch.linalg.inv(
+                features[:, a:b].T @ features[:, a:b] + 0.5 * torch.eye(b - a, dtype=torch.float64)
+            )
             for a, b in [(0, 2), (2, 6)]
         ],
         1,
@@ -87,7 +103,9 @@ def test_singular_cases(dtype):
     repeated[:, 3] = repeated[:, 0]
     for features in (zero, repeated):
         with pytest.raises(SingularGramError, match=r"columns 0 to 3\) is singular in working precision"):
-            fit_preconditioner(moments(features, product_dtype=dtype), FixedDamping(0.0), where="checkpoint 1")
+            fit_preconditioner(
+                moments(features, product_dtype=dtype), FixedDamping(0.0), where="checkpoint 1"
+            )
         fit_preconditioner(moments(features, product_dtype=dtype), AutomaticDamping())
 
 

@@ -18,7 +18,10 @@ class Features:
 
 
 def kernel(n=50, t=4, k=6, members=2):
-    parts = tuple(Member(Features(torch.randn(n, k, dtype=torch.float64)), torch.randn(t, k, dtype=torch.float64)) for _ in range(members))
+    parts = tuple(
+        Member(Features(torch.randn(n, k, dtype=torch.float64)), torch.randn(t, k, dtype=torch.float64))
+        for _ in range(members)
+    )
     return KernelScores(parts, torch.rand(n, dtype=torch.float64), torch.device("cpu"))
 
 
@@ -68,7 +71,13 @@ def test_indices_outside(key):
 
 
 @settings(max_examples=50)
-@given(values=hnp.arrays(np.float32, st.tuples(st.integers(1, 30), st.integers(1, 4)), elements=st.integers(-3, 3)), k=st.integers(1, 35), block=st.integers(1, 31))
+@given(
+    values=hnp.arrays(
+        np.float32, st.tuples(st.integers(1, 30), st.integers(1, 4)), elements=st.integers(-3, 3)
+    ),
+    k=st.integers(1, 35),
+    block=st.integers(1, 31),
+)
 def test_top_and_bottom_with_ties_for_every_block_size(values, k, block):
     scores = ArrayScores(values)
     scores_blocks = scores.blocks

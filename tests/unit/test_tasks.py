@@ -42,7 +42,9 @@ def test_margin_and_weight_are_the_definition(classes):
     expected_f, expected_q = definition(logits, labels)
     torch.testing.assert_close(f, expected_f, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(q, expected_q, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(-nn.functional.cross_entropy(logits, labels, reduction="none"), -torch.log1p(torch.exp(-f)))
+    torch.testing.assert_close(
+        -nn.functional.cross_entropy(logits, labels, reduction="none"), -torch.log1p(torch.exp(-f))
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -84,15 +86,24 @@ def test_adding_a_constant_to_all_logits_changes_nothing(values, data):
 
 
 def test_text_classification_takes_what_tokenizers_give():
-    ids, mask, types, labels = torch.arange(6).reshape(2, 3), torch.ones(2, 3).long(), torch.ones(2, 3).long() * 2, torch.tensor([0, 1])
+    ids, mask, types, labels = (
+        torch.arange(6).reshape(2, 3),
+        torch.ones(2, 3).long(),
+        torch.ones(2, 3).long() * 2,
+        torch.tensor([0, 1]),
+    )
     task = trak.TextClassification()
     full = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": labels}
     expected = definition(Named()(ids, mask, types).logits, labels)[0]
     torch.testing.assert_close(task.output(Named(), full), expected)
     torch.testing.assert_close(task.output(Named(), (ids, types, mask, labels)), expected)
     without = {"input_ids": ids, "attention_mask": mask, "label": labels}
-    torch.testing.assert_close(task.output(Named(), without), definition(Named()(ids, mask).logits, labels)[0])
-    torch.testing.assert_close(task.output(Named(), (ids, mask, labels)), definition(Named()(ids, mask).logits, labels)[0])
+    torch.testing.assert_close(
+        task.output(Named(), without), definition(Named()(ids, mask).logits, labels)[0]
+    )
+    torch.testing.assert_close(
+        task.output(Named(), (ids, mask, labels)), definition(Named()(ids, mask).logits, labels)[0]
+    )
     with pytest.raises(trak.InputError, match="labels"):
         task.output(Named(), {"input_ids": ids})
 
@@ -124,7 +135,12 @@ def test_custom_tasks():
 
 @pytest.mark.parametrize(
     ("task", "match"),
-    [("clip_art", "unknown task 'clip_art'"), (trak.Regression, "not a class"), (3, "must be a name"), (object(), "must be a name")],
+    [
+        ("clip_art", "unknown task 'clip_art'"),
+        (trak.Regression, "not a class"),
+        (3, "must be a name"),
+        (object(), "must be a name"),
+    ],
 )
 def test_no_task(task, match):
     with pytest.raises(trak.InputError, match=match):

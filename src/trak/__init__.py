@@ -1,0 +1,96 @@
+"""trak: which training data made my model do this?
+
+    attribution = trak.attribute(model, train_set, targets, task="image_classification", checkpoints=[...])
+    attribution.top(10)
+
+See `trak.attribute`, `trak.TRAKer` and https://arxiv.org/abs/2303.14186.
+"""
+
+from trak import evaluation
+from trak._version import __version__
+from trak.attribution import attribute
+from trak.checkpoints import checkpoint_hash, load_checkpoint
+from trak.errors import (
+    CheckpointError,
+    CorruptShardError,
+    FingerprintError,
+    GradientError,
+    InputError,
+    MissingDependencyError,
+    MissingRowsError,
+    MixedExamplesError,
+    NonFiniteError,
+    ParameterError,
+    ProjectionError,
+    ProtocolError,
+    SingularGramError,
+    StoreError,
+    TrakError,
+    UnsupportedLayerError,
+)
+from trak.gradients import Auto, Functional, Gradients, Hooked, Reference
+from trak.methods.base import Attributor, FittedAttributor
+from trak.methods.gradient_similarity import GradientSimilarity
+from trak.methods.random import RandomScores
+from trak.methods.trak import TRAK
+from trak.precondition import AutomaticDamping, Damping, FixedDamping, RelativeDamping
+from trak.projection import Gaussian, Identity, Kronecker, Projection, Rademacher, Sparse
+from trak.results import Attribution, Groups
+from trak.scores import ArrayScores, Ranking, Scores
+from trak.tasks import CustomTask, ImageClassification, Regression, Task, TextClassification
+from trak.traker import TRAKer
+
+__all__ = [
+    "TRAK",
+    "ArrayScores",
+    "Attribution",
+    "Attributor",
+    "Auto",
+    "AutomaticDamping",
+    "CheckpointError",
+    "CorruptShardError",
+    "CustomTask",
+    "Damping",
+    "FingerprintError",
+    "FittedAttributor",
+    "FixedDamping",
+    "Functional",
+    "Gaussian",
+    "GradientError",
+    "GradientSimilarity",
+    "Gradients",
+    "Groups",
+    "Hooked",
+    "Identity",
+    "ImageClassification",
+    "InputError",
+    "Kronecker",
+    "MissingDependencyError",
+    "MissingRowsError",
+    "MixedExamplesError",
+    "NonFiniteError",
+    "ParameterError",
+    "Projection",
+    "ProjectionError",
+    "ProtocolError",
+    "Rademacher",
+    "RandomScores",
+    "Ranking",
+    "Reference",
+    "Regression",
+    "RelativeDamping",
+    "Scores",
+    "SingularGramError",
+    "Sparse",
+    "StoreError",
+    "TRAKer",
+    "Task",
+    "TextClassification",
+    "TrakError",
+    "UnsupportedLayerError",
+    "__version__",
+    "attribute",
+    "checkpoint_hash",
+    "evaluation",
+    "load_checkpoint",
+]

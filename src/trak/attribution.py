@@ -1,0 +1,98 @@
+"""attribute(): the one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trak.gradients import Gradients
+from trak.methods.runs import Parameters
+from trak.methods.trak import TRAK
+from trak.precondition import Damping
+from trak.projection import Projection
+from trak.results import Attribution, Groups
+from trak.tasks import Task
+
+__all__ = ["Attribution", "Groups", "attribute"]
+
+
+def attribute(
+    model: nn.Module,
+    train_set: Any,
+    targets: Any,
+    *,
+    task: Task | str | Callable[..., Tensor],
+    checkpoints: Sequence[Any] | None = None,
+    projection: Projection | None = None,
+    damping: float | str | Damping = "auto",
+    preconditioner: str = "whole",
+    parameters: Parameters = None,
+    gradients: Gradients | str = "auto",
+    save_dir: str | Path | None = None,
+    feature_dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int | None = None,
+    check: bool = True,
+    trust_pickle: bool = False,
+    progress: bool | None = None,
+) -> Attribution:
+    """Which training examples made the model do this? TRAK scores of every training example for every target.
+
+        τ(z)_i = [ 1/M Σ_m φ_m(z)ᵀ (Φ_mᵀΦ_m + λ_m I)⁻¹ φ_m(z_i) ] · [ 1/M Σ_m q_m,i ]
+
+    with φ_m the projected gradient of the model output f at checkpoint m and q the derivative of the training loss with respect to f
+    (Park et al. 2023, arXiv 2303.14186, equation 17). Scores carry the units of f.
+
+    Args:
+        model: the architecture; its parameters, flags, hooks and mode are the same afterwards.
+        train_set: a DataLoader, a dataset, or tensors (inputs, labels). Rows are positions in the dataset, whatever the loader's order.
+        targets: the same, for the predictions to explain.
+        task: "image_classification", "text_classification", "regression", a function (model, batch) -> f [batch], or a `trak.Task`.
+        checkpoints: the ensemble: state dicts, paths (.safetensors, .pt, folders), modules, or functions that return one. More checkpoints,
+            trained on different subsets or from different seeds, give better scores. None: the model's own state.
+        projection: how gradients are compressed, e.g. `trak.Sparse(dim=4096, seed=0)`; None for the default for this model's size.
+        damping: λ ≥ 0 as a number in units of squared gradient norm, `trak.RelativeDamping(ratio)` of the mean eigenvalue, or "auto".
+        preconditioner: "whole" for the paper's K × K Gram matrix, "per_layer" for one block for each layer.
+        parameters: which parameters to attribute through: names, patterns ("encoder.*"), or a predicate (name, parameter) -> bool;
+            None for those that require gradients.
+        gradients: "auto", "hooked", "functional", "reference", or an object such as `trak.Functional(chunk_size=8)`.
+        save_dir: keep features there: an interrupted run goes on where it stopped, and later calls with new targets or checkpoints do not
+            featurize the training set again. None keeps them in memory.
+        feature_dtype: "float32", "float64", "float16" or "bfloat16", in which features are stored; None for float32, and float64 for
+            models in float64.
+        device: where to compute; None for CUDA or MPS where there is one, else the CPU.
+        dtype: compute in this dtype; None for the model's own.
+        batch_size: examples at once; None for the loader's, or 64.
+        check: verify per-example gradients on the first batch. Costs about one further batch.
+        trust_pickle: load checkpoints that need arbitrary pickled code. Only for files whose origin you trust.
+        progress: True or False to force progress bars; None shows them on terminals and in notebooks.
+
+    Returns:
+        An `Attribution`: `scores` [N, T], `top(k)`, `bottom(k)`, `self_influence()`, `group(labels)`, `predict(masks)`, `report(path)`, …
+
+    Raises:
+        TrakError: with what was wrong, what was got, what was expected and what to do next.
+    """
+    method = TRAK(
+        model=model,
+        task=task,
+        projection=projection,
+        damping=damping,
+        preconditioner=preconditioner,
+        parameters=parameters,
+        gradients=gradients,
+        save_dir=save_dir,
+        feature_dtype=feature_dtype,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        check=check,
+        trust_pickle=trust_pickle,
+        progress=progress,
+    )
+    return method.fit(train_set, checkpoints).attribute(targets)

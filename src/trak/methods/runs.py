@@ -1,0 +1,263 @@
+"""What methods that read checkpoints share: devices, parameters, checkpoints in, rows in the store.
+
+Kept apart from any one method so that a new one is a file with its own algebra only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trak.checkpoints import checkpoint_hash, describe, load_checkpoint
+from trak.datasets import RowSource, as_rows, content_hash
+from trak.errors import CheckpointError, InputError
+from trak.gradients import Auto, Functional, Gradients, Hooked, Reference, model_state, select_parameters
+from trak.logs import logger
+from trak.pipeline import Setting, featurize
+from trak.projection import Projection, default_projection
+from trak.scores import available_memory
+from trak.store import Header, Store, open_store
+from trak.tasks import Task, resolve_task
+
+Parameters = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+DEFAULT_SHARD_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RunOptions:
+    """Arguments common to the methods that compute per-example gradients; see `trak.attribute`."""
+
+    model: nn.Module
+    task: Task | str | Callable[..., Tensor]
+    projection: Projection | None = None
+    parameters: Parameters = None
+    gradients: Gradients | str = "auto"
+    save_dir: str | Path | None = None
+    feature_dtype: str | None = None
+    device: str | torch.device | None = None
+    dtype: torch.dtype | None = None
+    batch_size: int | None = None
+    check: bool = True
+    trust_pickle: bool = False
+    progress: bool | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A training set and checkpoints with a feature store: what was featurized, and how to featurize more."""
+
+    options: RunOptions
+    setting: Setting
+    train: RowSource
+    store: Store
+    checkpoints: tuple[Any, ...]
+    model_ids: tuple[int, ...]
+
+    @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """The store's column slices, one per layer or one in all."""
+        return tuple((start, stop) for _, start, stop in self.store.header.columns)
+
+    def states(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        """(model id, parameters and buffers on the device) of each checkpoint, one in memory at a time."""
+        for model_id, source in zip(self.model_ids, self.checkpoints):
+            yield model_id, load_state(self.options, self.setting, source)
+
+
+def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | None) -> Run:
+    """Resolve the options, open the store, and featurize the training rows that are not there yet.
+
+    Raises:
+        TrakError: anything wrong with the arguments, the checkpoints, the gradients or the store.
+    """
+    setting = resolve_setting(options)
+    train = as_rows(train_set, batch_size=options.batch_size, what="train_set")
+    sources = _checkpoint_list(options.model, checkpoints)
+    header = make_header(setting, train.num_rows, options.feature_dtype, train_sample=_train_sample(train))
+    if options.save_dir is None:
+        _refuse_large_memory(header, len(sources))
+    store = open_store(options.save_dir, header, shard_rows=DEFAULT_SHARD_ROWS)
+    model_ids: list[int] = []
+    for index, source in enumerate(sources):
+        state = load_state(options, setting, source)
+        model_id = register(store, state)
+        if model_id in model_ids:
+            raise CheckpointError(
+                f"checkpoint {index} ({describe(source)}) is the same as checkpoint {model_ids.index(model_id)}: an ensemble needs different "
+                "models. If you pass one state dict that training goes on changing, pass copies or paths"
+            )
+        model_ids.append(model_id)
+        label = f"Featurizing, checkpoint {index + 1} of {len(sources)}"
+        featurize(
+            setting,
+            state,
+            model_id,
+            train,
+            store.rows(model_id),
+            check=options.check and index == 0,
+            label=label,
+        )
+    return Run(options, setting, train, store, tuple(sources), tuple(model_ids))
+
+
+def featurize_targets(run: Run, targets: RowSource) -> str:
+    """Featurize targets at every checkpoint of the run; returns the experiment they are stored under.
+
+    The experiment is named by the targets' content: the same targets are not computed twice, others never overwrite them.
+    """
+    digest = content_hash(batch for _, batch in targets.batches())
+    experiment = f"targets-{digest[:16]}"
+    run.store.add_experiment(experiment, targets.num_rows, digest)
+    pending = [model_id for model_id in run.model_ids if not run.store.rows(model_id, experiment).is_complete]
+    if pending:
+        for index, (model_id, state) in enumerate(run.states()):
+            label = f"Targets, checkpoint {index + 1} of {len(run.model_ids)}"
+            rows = run.store.rows(model_id, experiment)
+            featurize(run.setting, state, model_id, targets, rows, check=False, label=label)
+    return experiment
+
+
+def resolve_setting(options: RunOptions) -> Setting:
+    """Names and defaults turned into objects.
+
+    Raises:
+        InputError: a model that is no module, an unknown task, gradients, device or parameter.
+    """
+    if not isinstance(options.model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module; got {type(options.model).__name__}")
+    shapes = select_parameters(options.model, options.parameters)
+    projection = options.projection if options.projection is not None else default_projection(shapes)
+    if not isinstance(projection, Projection):
+        raise InputError(
+            f"projection must be a trak projection such as trak.Sparse(dim=4096); got {type(projection).__name__}"
+        )
+    return Setting(
+        model=options.model,
+        task=resolve_task(options.task),
+        gradients=resolve_gradients(options.gradients),
+        projection=projection,
+        shapes=shapes,
+        device=resolve_device(options.device),
+        dtype=options.dtype if options.dtype is not None else _common_dtype(options.model),
+        progress=options.progress,
+    )
+
+
+def resolve_gradients(gradients: Gradients | str) -> Gradients:
+    """A gradient source from an object or one of "auto", "hooked", "functional", "reference"."""
+    if isinstance(gradients, Gradients):
+        return gradients
+    known: dict[str, Callable[[], Gradients]] = {
+        "auto": Auto,
+        "hooked": Hooked,
+        "functional": Functional,
+        "reference": Reference,
+    }
+    if gradients not in known:
+        raise InputError(
+            f"gradients must be one of {', '.join(known)}, or an object such as trak.Functional(); got {gradients!r}"
+        )
+    return known[gradients]()
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """What was asked for, or what the machine has: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        InputError: a device that this machine does not have.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f'device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}): pass device="cpu", or None for what the machine has'
+        ) from error
+    return resolved
+
+
+def make_header(setting: Setting, num_rows: int, feature_dtype: str | None, **extra: Any) -> Header:
+    """The fingerprint of features made with this setting; by default they are stored in the dtype in which they are summed."""
+    feature_dtype = feature_dtype or str(setting.sum_dtype).removeprefix("torch.")
+    columns = setting.projection.columns(setting.shapes)
+    return Header(
+        num_rows=num_rows,
+        dim=columns[-1].stop,
+        columns=[(column.name, column.start, column.stop) for column in columns],
+        parameters={name: tuple(shape) for name, shape in setting.shapes.items()},
+        projection=setting.projection.fingerprint(),
+        task=setting.task.fingerprint(),
+        compute_dtype=str(setting.dtype or "float32").removeprefix("torch."),
+        feature_dtype=feature_dtype,
+        extra={key: value for key, value in extra.items() if value is not None},
+    )
+
+
+def load_state(options: RunOptions, setting: Setting, source: Any) -> Mapping[str, Tensor]:
+    """A checkpoint's parameters and buffers under the model's names, on the device."""
+    checkpoint = load_checkpoint(source, trust_pickle=options.trust_pickle)
+    try:
+        return model_state(options.model, checkpoint, setting.device, setting.dtype)
+    except CheckpointError as error:
+        raise CheckpointError(f"{describe(source)}: {error}") from error
+
+
+def register(store: Store, state: Mapping[str, Tensor]) -> int:
+    """The store's number for this checkpoint: the one it had before, else the next free one."""
+    fingerprint = checkpoint_hash(state)
+    known = {store.checkpoint_fingerprint(model_id): model_id for model_id in store.checkpoints()}
+    if fingerprint in known:
+        return known[fingerprint]
+    model_id = max(known.values(), default=-1) + 1
+    store.add_checkpoint(model_id, fingerprint)
+    return model_id
+
+
+def _checkpoint_list(model: nn.Module, checkpoints: Sequence[Any] | None) -> list[Any]:
+    if checkpoints is None:
+        return [model]
+    if isinstance(checkpoints, (str, Path, Mapping, nn.Module)) or not isinstance(checkpoints, Sequence):
+        raise InputError(
+            f"checkpoints must be a list, one entry for each model of the ensemble; got {type(checkpoints).__name__}: write [checkpoint]"
+        )
+    if not checkpoints:
+        raise InputError("checkpoints is an empty list: pass at least one, or None for the model's own state")
+    return list(checkpoints)
+
+
+def _train_sample(train: RowSource) -> str | None:
+    """A digest of some training rows, so that a store is not reused for other data of the same size."""
+    first, second = train.sample_hash(), train.sample_hash()
+    if first == second:
+        return first
+    logger.warning(
+        "the training set gives different examples each time it is read (random augmentation?): gradients will be those of one random draw. "
+        "Attribution usually wants the plain examples"
+    )
+    return None
+
+
+def _refuse_large_memory(header: Header, num_checkpoints: int) -> None:
+    size = {"float64": 8, "float32": 4}.get(header.feature_dtype, 2)
+    needed, available = header.num_rows * header.dim * size * num_checkpoints, available_memory()
+    if available is not None and needed > 0.8 * available:
+        raise InputError(
+            f"features of {header.num_rows:,} rows × {header.dim:,} numbers × {num_checkpoints} checkpoints need {needed / 2**30:.1f} GiB and "
+            f"{available / 2**30:.1f} GiB of memory are free: pass save_dir=… to keep them on disk, "
+            'or feature_dtype="float16", or a smaller projection'
+        )
+
+
+def _common_dtype(model: nn.Module) -> torch.dtype | None:
+    """float64 for a model that is float64 throughout, so that sums are too; otherwise None: each parameter keeps its own."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return torch.float64 if dtypes == {torch.float64} else None

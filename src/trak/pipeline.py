@@ -1,0 +1,286 @@
+"""The only wiring: featurize, fit, score.
+
+Everything comes in as arguments and goes out as results; the store is the only thing that is written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trak import batches
+from trak.datasets import RowSource
+from trak.errors import MissingRowsError, NonFiniteError
+from trak.gradients import Gradients, Outputs, check_first_batch, forward_outputs, select_gradients
+from trak.precondition import (
+    Damping,
+    FixedDamping,
+    Moments,
+    Preconditioner,
+    accumulate_moments,
+    fit_preconditioner,
+)
+from trak.progress import bar
+from trak.projection import Projection, ProjectionState
+from trak.scores import KernelScores, Member
+from trak.store import RowSet, Store
+from trak.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What stays the same for every checkpoint of a run.
+
+    Attributes:
+        model: the user's module; never changed.
+        task: what f is.
+        gradients: how per-example gradients are computed.
+        projection: how they are projected.
+        shapes: attributed parameters, name to shape.
+        device: where models run.
+        dtype: in which they compute; None leaves each parameter's own.
+        progress: True or False to force progress bars, None for terminals and notebooks only.
+    """
+
+    model: nn.Module
+    task: Task
+    gradients: Gradients
+    projection: Projection
+    shapes: Mapping[str, tuple[int, ...]]
+    device: torch.device
+    dtype: torch.dtype | None = None
+    progress: bool | None = None
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """In which features are summed: float64 for float64 computations, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def featurize(
+    setting: Setting,
+    state: Mapping[str, Tensor],
+    model_id: int,
+    source: RowSource,
+    rows: RowSet,
+    *,
+    check: bool,
+    label: str,
+) -> None:
+    """Compute and store φ, f and q of every row that is not stored yet.
+
+    Args:
+        setting: the run.
+        state: the checkpoint's parameters and buffers, on the device.
+        model_id: the checkpoint's number: a part of the projection's key.
+        source: the examples.
+        rows: where they go.
+        check: verify per-example gradients on the first batch (see `trak.gradients.check_first_batch`).
+        label: what is featurized, for the progress bar.
+
+    Raises:
+        GradientError, MixedExamplesError, NonFiniteError: from the first-batch check or any batch.
+    """
+    missing = rows.missing()
+    if not missing:
+        return
+    projector = Projector(setting, state, model_id)
+    total = sum(stop - start for start, stop in missing)
+    with (
+        bar(rows.num_rows, label, enabled=setting.progress, initial=rows.num_rows - total) as shown,
+        rows.writer() as writer,
+    ):
+        for row_numbers, batch in source.batches(missing):
+            batch = projector.prepare(batch)
+            if check:
+                projector = projector.checked(batch)
+                check = False
+            features_BK, outputs = projector(
+                batch, label=f"{label}, rows {int(row_numbers[0])} to {int(row_numbers[-1])}"
+            )
+            wanted_B = _inside(row_numbers, missing)
+            writer.add(row_numbers[wanted_B], features_BK[wanted_B], outputs.f[wanted_B], outputs.q[wanted_B])
+            shown.update(int(wanted_B.sum()))
+
+
+class Projector:
+    """Projected gradients of batches at one checkpoint: (batch) -> (φ [B, K], outputs), all on the CPU."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        state: Mapping[str, Tensor],
+        model_id: int,
+        *,
+        gradients: Gradients | None = None,
+        drawn: ProjectionState | None = None,
+    ) -> None:
+        self.setting, self.state, self.model_id = setting, state, model_id
+        self.names = list(setting.shapes)
+        self.gradients = gradients or select_gradients(setting.gradients, setting.model, self.names)
+        self.drawn = drawn or setting.projection.init(
+            setting.shapes, checkpoint=model_id, device=setting.device, dtype=setting.sum_dtype
+        )
+
+    def prepare(self, batch: Any) -> Any:
+        """The batch on the device, in the computing dtype."""
+        batch = batches.move(batch, self.setting.device)
+        return batch if self.setting.dtype is None else batches.cast(batch, self.setting.dtype)
+
+    def checked(self, batch: Any) -> Projector:
+        """This projector, or one with other gradients, after the check on a first batch.
+
+        Raises:
+            GradientError: the gradients are wrong and nothing else was allowed.
+        """
+        setting = self.setting
+        gradients = check_first_batch(
+            setting.gradients, setting.model, self.state, setting.task, batch, self.names
+        )
+        return Projector(setting, self.state, self.model_id, gradients=gradients, drawn=self.drawn)
+
+    def outputs(self, batch: Any) -> Tensor:
+        """F [B] of a prepared batch by one forward pass, on the CPU."""
+        return forward_outputs(self.setting.model, self.state, self.setting.task, batch).f.cpu()
+
+    def __call__(self, batch: Any, *, label: str = "batch") -> tuple[Tensor, Outputs]:
+        """φ [B, K] and outputs (f [B], q [B]) of a prepared batch.
+
+        Raises:
+            NonFiniteError: an output, a weight or a feature is NaN or infinite.
+        """
+        setting = self.setting
+        features_BK = self.drawn.zeros(batches.batch_size(batch))
+        outputs = self.gradients.compute(
+            setting.model,
+            self.state,
+            setting.task,
+            batch,
+            self.names,
+            lambda block: setting.projection.add(self.drawn, block, features_BK),
+        )
+        features_BK, outputs = features_BK.cpu(), Outputs(outputs.f.cpu(), outputs.q.cpu())
+        _refuse_nonfinite(features_BK, outputs, label, self.model_id)
+        return features_BK, outputs
+
+
+def fit(
+    rows: RowSet,
+    damping: Damping,
+    groups: Sequence[tuple[int, int]],
+    *,
+    device: torch.device,
+    where: str,
+    progress: bool | None = None,
+) -> Preconditioner:
+    """The preconditioner of one checkpoint's training features; the Gram is kept in the store.
+
+    Raises:
+        MissingRowsError: some rows are not there.
+        SingularGramError: it cannot be inverted with this damping.
+    """
+    if not rows.is_complete:
+        raise MissingRowsError(
+            f"{where}: {_ranges(rows.missing())} of the training set are not featurized yet"
+        )
+    undamped = isinstance(damping, FixedDamping) and damping.damping == 0
+    features_dtype = rows.read(0, 1).features.dtype
+    # Without damping the small eigenvalues count, and float32 products drown them.
+    product_dtype = torch.float64 if undamped or features_dtype == torch.float64 else torch.float32
+    moments = _moments(rows, groups, product_dtype, device, where, progress)
+    return fit_preconditioner(moments, damping, where=where)
+
+
+def score(
+    store: Store,
+    model_ids: Sequence[int],
+    experiment: str,
+    preconditioners: Sequence[Preconditioner],
+    *,
+    device: torch.device,
+) -> KernelScores:
+    """Scores [N, T] over some checkpoints, to be computed where they are read.
+
+    Raises:
+        MissingRowsError: some training or target rows are not there.
+    """
+    members, weights = [], []
+    for model_id, preconditioner in zip(model_ids, preconditioners):
+        train, targets = store.rows(model_id), store.rows(model_id, experiment)
+        features_TK = targets.read(0, targets.num_rows).features
+        members.append(Member(train, preconditioner.solve(features_TK).cpu()))
+        weights.append(train.weights())
+    return KernelScores(tuple(members), torch.stack(weights).mean(0), device)
+
+
+def has_moments(rows: RowSet, groups: Sequence[tuple[int, int]]) -> bool:
+    """Whether `fit` was done for these rows, in this process or another."""
+    return any(
+        rows.derived(_moments_name(groups, dtype)) is not None for dtype in (torch.float32, torch.float64)
+    )
+
+
+def _moments_name(groups: Sequence[tuple[int, int]], product_dtype: torch.dtype) -> str:
+    return f"moments-{'whole' if len(groups) == 1 else 'layers'}-{str(product_dtype).removeprefix('torch.')}"
+
+
+def _moments(
+    rows: RowSet,
+    groups: Sequence[tuple[int, int]],
+    product_dtype: torch.dtype,
+    device: torch.device,
+    where: str,
+    progress: bool | None,
+) -> Moments:
+    name = _moments_name(groups, product_dtype)
+    kept = rows.derived(name)
+    if kept is not None:
+        grams = tuple(kept[f"gram.{index}"].to(device) for index in range(len(groups)))
+        cross = tuple(kept[f"cross.{index}"].to(device) for index in range(len(groups)))
+        return Moments(
+            rows.num_rows, tuple(groups), grams, cross, float(kept["outputs_square"]), product_dtype
+        )
+    with bar(rows.num_rows, f"{where}: Gram matrix", enabled=progress) as shown:
+
+        def blocks() -> Any:
+            for block in rows.blocks():
+                yield block.features, block.outputs
+                shown.update(block.features.shape[0])
+
+        moments = accumulate_moments(blocks(), groups, product_dtype=product_dtype, device=device)
+    tensors = {f"gram.{index}": gram.cpu() for index, gram in enumerate(moments.grams)}
+    tensors |= {f"cross.{index}": cross.cpu() for index, cross in enumerate(moments.cross)}
+    rows.save_derived(
+        name, tensors | {"outputs_square": torch.tensor(moments.outputs_square, dtype=torch.float64)}
+    )
+    return moments
+
+
+def _refuse_nonfinite(features_BK: Tensor, outputs: Outputs, label: str, model_id: int) -> None:
+    for what, values in (
+        ("model outputs", outputs.f),
+        ("loss weights", outputs.q),
+        ("projected gradients", features_BK),
+    ):
+        bad_B = ~values.isfinite().reshape(values.shape[0], -1).all(1)
+        if bad_B.any():
+            raise NonFiniteError(
+                f"checkpoint {model_id}, {label}: {what} are NaN or infinite for {int(bad_B.sum())} of {len(bad_B)} examples, first at "
+                f"position {int(bad_B.nonzero()[0])} of the batch. Look at the model's output there; a model in float16 may overflow: "
+                "try dtype=torch.float32"
+            )
+
+
+def _inside(rows_B: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """Which rows lie in one of the ranges (ascending, disjoint), bool [B]."""
+    edges = torch.tensor(ranges, dtype=torch.int64).reshape(-1)
+    return torch.searchsorted(edges, rows_B, right=True) % 2 == 1
+
+
+def _ranges(missing: Sequence[tuple[int, int]]) -> str:
+    shown = ", ".join(f"{start} to {stop - 1}" for start, stop in missing[:4])
+    return f"rows {shown}{' and more' if len(missing) > 4 else ''}"

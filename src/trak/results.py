@@ -1,0 +1,315 @@
+"""What attribution gives back: scores, and what people ask of them.
+
+Shape legend: N training rows, T targets, S subsets, G groups.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trak.datasets import RowSource, as_rows
+from trak.errors import InputError, MissingDependencyError, StoreError
+from trak.scores import ArrayScores, Ranking, Scores
+
+if TYPE_CHECKING:
+    import pandas
+
+_FORMAT = "trak-attribution"
+_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Scores summed over groups of training rows.
+
+    Attributes:
+        names: [G] the groups' labels, sorted.
+        scores: [G, T] the sum of each group's scores: what removing the whole group would take from each target's output.
+        sizes: [G] training rows in each group.
+    """
+
+    names: tuple[Any, ...]
+    scores: Tensor
+    sizes: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Scores of N training examples for T targets, whichever method computed them.
+
+    Attributes:
+        scores: [N, T], computed or read where it is asked for; positive = the example raises the target's model output f.
+        weights: q̄ [N], the mean loss weight of each training example (None where the method has none).
+        outputs: f of each target, [T], mean over checkpoints (None where the method has none).
+        info: how it was computed: method, settings, versions, JSON values only.
+        members: each checkpoint's own scores, where the method has them.
+        train_rows: the training examples, for showing them.
+        target_rows: the targets, for showing them.
+    """
+
+    scores: Scores
+    weights: Tensor | None = None
+    outputs: Tensor | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    members: tuple[Scores, ...] = ()
+    train_rows: RowSource | None = None
+    target_rows: RowSource | None = None
+    _self_influence: Callable[[], Tensor] | Tensor | None = None
+
+    @property
+    def num_train(self) -> int:
+        """N."""
+        return self.scores.num_train
+
+    @property
+    def num_targets(self) -> int:
+        """T."""
+        return self.scores.num_targets
+
+    def top(self, k: int = 10) -> Ranking:
+        """Proponents: the k training rows that raise each target's output most."""
+        return self.scores.top(k)
+
+    def bottom(self, k: int = 10) -> Ranking:
+        """Opponents: the k training rows that lower each target's output most."""
+        return self.scores.bottom(k)
+
+    def self_influence(self) -> Tensor:
+        """Each training example's score for itself, [N]: large for atypical and mislabelled examples.
+
+        Raises:
+            InputError: the method does not define it, or it was not saved.
+        """
+        if self._self_influence is None:
+            raise InputError(
+                "this attribution has no self-influence: its method does not define it, or it was saved without it"
+            )
+        if not isinstance(self._self_influence, Tensor):
+            object.__setattr__(self, "_self_influence", self._self_influence())
+        assert isinstance(self._self_influence, Tensor)
+        return self._self_influence
+
+    def group(self, labels: Sequence[Any] | Tensor | np.ndarray) -> Groups:
+        """Scores summed over groups: classes, sources, authors, dates.
+
+        Args:
+            labels: one per training row; anything sortable and hashable.
+
+        Raises:
+            InputError: another number of labels than training rows.
+        """
+        values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else list(labels)
+        if len(values) != self.num_train:
+            raise InputError(
+                f"group() needs one label for each of the {self.num_train} training rows; got {len(values)}"
+            )
+        names = tuple(sorted(set(values)))
+        position = {name: index for index, name in enumerate(names)}
+        index_N = torch.tensor([position[value] for value in values], dtype=torch.int64)
+        sums_GT = torch.zeros(len(names), self.num_targets, dtype=torch.float64)
+        for start, block_RT in self.scores.blocks():
+            sums_GT.index_add_(0, index_N[start : start + len(block_RT)], block_RT.double())
+        return Groups(names, sums_GT, torch.bincount(index_N, minlength=len(names)))
+
+    def predict(self, masks: Tensor | np.ndarray) -> Tensor:
+        """What training on each subset does to each target's output: Σ_{i∈S} τ_i, [S, T] float64.
+
+        Up to a constant per target, the linear datamodel's prediction of f for a model trained on S. The predicted effect of
+        removing a set is minus the prediction for that set.
+
+        Args:
+            masks: [S, N] (or [N] for one subset) booleans: which training rows are in.
+
+        Raises:
+            InputError: not booleans (or zeros and ones), or another number of columns than training rows.
+        """
+        masks_SN = torch.as_tensor(masks)
+        masks_SN = masks_SN.unsqueeze(0) if masks_SN.ndim == 1 else masks_SN
+        if masks_SN.ndim != 2 or masks_SN.shape[1] != self.num_train:
+            raise InputError(
+                f"masks must be [subsets, {self.num_train} training rows]; got {list(torch.as_tensor(masks).shape)}"
+            )
+        if masks_SN.dtype != torch.bool and not bool(((masks_SN == 0) | (masks_SN == 1)).all()):
+            raise InputError(
+                "masks must hold booleans (True where a training row is in the subset), not row numbers or weights"
+            )
+        total_ST = torch.zeros(masks_SN.shape[0], self.num_targets, dtype=torch.float64)
+        for start, block_RT in self.scores.blocks():
+            total_ST += masks_SN[:, start : start + len(block_RT)].double() @ block_RT.double()
+        return total_ST
+
+    def to_pandas(self, k: int = 10) -> pandas.DataFrame:
+        """The k proponents and k opponents of each target as a table: target, kind, rank (from 1), row, score."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependencyError(
+                "to_pandas needs pandas: pip install 'trak-attribution[pandas]'"
+            ) from error
+
+        parts = []
+        for kind, ranking in (("proponent", self.top(k)), ("opponent", self.bottom(k))):
+            targets, width = ranking.rows.shape
+            parts.append(
+                pandas.DataFrame(
+                    {
+                        "target": np.repeat(np.arange(targets), width),
+                        "kind": kind,
+                        "rank": np.tile(np.arange(1, width + 1), targets),
+                        "row": ranking.rows.reshape(-1).numpy(),
+                        "score": ranking.scores.reshape(-1).numpy(),
+                    }
+                )
+            )
+        return pandas.concat(parts, ignore_index=True).sort_values(
+            ["target", "kind", "rank"], ascending=[True, False, True], ignore_index=True
+        )
+
+    def save(self, path: str | Path, *, self_influence: bool = True) -> Path:
+        """Write scores, weights, outputs, self-influence and provenance to a folder; see `load`.
+
+        Args:
+            path: the folder; made if it is not there. An attribution saved there before is replaced.
+            self_influence: compute and save it too, where the method defines it (one pass over the features).
+
+        Raises:
+            StoreError: the folder holds something else.
+        """
+        folder = Path(path)
+        _refuse_foreign_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # attribution.json is written last and removed first: a folder that has it is whole.
+        (folder / "attribution.json").unlink(missing_ok=True)
+        self.scores.save(folder / "scores.npy")
+        tensors = {
+            name: value.contiguous()
+            for name, value in (("weights", self.weights), ("outputs", self.outputs))
+            if value is not None
+        }
+        if self_influence and self._self_influence is not None:
+            tensors["self_influence"] = self.self_influence().contiguous()
+        save_file(tensors, str(folder / "vectors.safetensors"))
+        meta = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "num_train": self.num_train,
+            "num_targets": self.num_targets,
+            "info": dict(self.info),
+        }
+        temporary = folder / f".attribution.json.{os.getpid()}.part"
+        temporary.write_text(json.dumps(meta, indent=2, default=str))
+        os.replace(temporary, folder / "attribution.json")
+        return folder
+
+    @classmethod
+    def load(cls, path: str | Path, *, train_set: Any = None, targets: Any = None) -> Attribution:
+        """Read what `save` wrote; scores stay on disk and are read where they are asked for.
+
+        Args:
+            path: the folder.
+            train_set: the training examples, if reports shall show them.
+            targets: the targets, if reports shall show them.
+
+        Raises:
+            StoreError: no attribution there, or one of a newer format.
+        """
+        folder = Path(path)
+        meta_path = folder / "attribution.json"
+        if not meta_path.is_file():
+            hint = (
+                "it is a feature store: pass its path to trak.attribute(save_dir=…)"
+                if (folder / "manifest.json").exists()
+                else "save one with Attribution.save(path)"
+            )
+            raise StoreError(f"{folder} holds no saved attribution (no attribution.json): {hint}")
+        meta = json.loads(meta_path.read_text())
+        if meta.get("format") != _FORMAT or meta.get("version", 0) > _VERSION:
+            raise StoreError(
+                f"{meta_path} has format {meta.get('format')!r} version {meta.get('version')!r}; "
+                f"this version reads {_FORMAT!r} up to {_VERSION}: update trak"
+            )
+        values = np.load(folder / "scores.npy", mmap_mode="r")
+        if values.shape != (meta["num_train"], meta["num_targets"]):
+            raise StoreError(
+                f"{folder}/scores.npy has shape {list(values.shape)}; attribution.json says [{meta['num_train']}, {meta['num_targets']}]"
+            )
+        tensors = load_file(str(folder / "vectors.safetensors"))
+        return cls(
+            scores=ArrayScores(values),
+            weights=tensors.get("weights"),
+            outputs=tensors.get("outputs"),
+            info=meta["info"],
+            train_rows=None if train_set is None else as_rows(train_set, what="train_set"),
+            target_rows=None if targets is None else as_rows(targets, what="targets"),
+            _self_influence=tensors.get("self_influence"),
+        )
+
+    def report(self, path: str | Path = "trak-report.html", **options: Any) -> Path:
+        """Write one self-contained HTML page: each target with its strongest proponents and opponents, and how they were computed.
+
+        Args:
+            path: where to write it.
+            **options: see `trak.report.attribution_report`: k, targets, class_names, title, show_train, show_target.
+        """
+        from trak.report.attribution import attribution_report
+
+        return attribution_report(self, path, **options)
+
+    def __repr__(self) -> str:
+        return f"Attribution(num_train={self.num_train}, num_targets={self.num_targets}, method={self.info.get('method')!r})"
+
+    def _repr_html_(self, k: int = 5, max_targets: int = 8) -> str:
+        """A small table for notebooks: strongest proponents and opponents of the first targets."""
+        chosen = self.scores.select_targets(torch.arange(min(max_targets, self.num_targets)))
+        top, bottom = chosen.top(min(k, self.num_train)), chosen.bottom(min(k, self.num_train))
+        rows = []
+        for target in range(chosen.num_targets):
+            cells = (
+                _cells(top.rows[target], top.scores[target]),
+                _cells(bottom.rows[target], bottom.scores[target]),
+            )
+            rows.append(f"<tr><th>{target}</th><td>{cells[0]}</td><td>{cells[1]}</td></tr>")
+        more = (
+            f"<p>… and {self.num_targets - chosen.num_targets} more targets</p>"
+            if chosen.num_targets < self.num_targets
+            else ""
+        )
+        head = html.escape(repr(self))
+        return (
+            f"<div><p><b>{head}</b></p><table><thead><tr><th>target</th><th>proponents: row (score)</th><th>opponents: row (score)</th></tr>"
+            f"</thead><tbody>{''.join(rows)}</tbody></table>{more}</div>"
+        )
+
+
+def _cells(rows: Tensor, scores: Tensor) -> str:
+    return ", ".join(f"{int(row)} ({float(score):+.3g})" for row, score in zip(rows, scores))
+
+
+def _refuse_foreign_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise StoreError(f"{folder} is a file; an attribution is saved to a folder")
+    known = {"attribution.json", "scores.npy", "vectors.safetensors"}
+    others = (
+        [
+            entry.name
+            for entry in folder.iterdir()
+            if entry.name not in known and not entry.name.startswith(".")
+        ]
+        if folder.is_dir()
+        else []
+    )
+    if others:
+        raise StoreError(
+            f"{folder} holds other files ({', '.join(sorted(others)[:3])}): save the attribution to a folder of its own"
+        )

@@ -1,0 +1,89 @@
+"""attribute() killed at random moments, then called again: the same scores, to the last bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import trak
+
+N, T = 4500, 5
+RUN = """
+import sys
+sys.path.insert(0, {here!r})
+from test_attribute_interrupted import run
+print("ready", flush=True)
+run({save_dir!r})
+print("done", flush=True)
+"""
+
+
+def run(save_dir):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    train = (torch.randn(N, 8), torch.randint(3, (N,)))
+    targets = (torch.randn(T, 8), torch.randint(3, (T,)))
+    checkpoints = [
+        {k: v + 0.1 * torch.randn_like(v) for k, v in model.state_dict().items()} for _ in range(2)
+    ]
+    return trak.attribute(
+        model,
+        train,
+        targets,
+        task="image_classification",
+        checkpoints=checkpoints,
+        projection=trak.Rademacher(dim=64),
+        save_dir=save_dir,
+        batch_size=30,
+    ).scores.tensor()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    expected = run(None)
+    generator = random.Random(0)
+    code = RUN.format(here=os.path.dirname(__file__), save_dir=str(tmp_path / "store"))
+    kills = 0
+    for _ in range(8):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(generator.uniform(0.05, 0.8))
+        child.send_signal(signal.SIGKILL)
+        kills += "done" not in child.stdout.read()
+        child.stdout.close()
+        child.wait()
+    assert kills, "no run was interrupted: make it longer"
+    assert trak.store.verify(tmp_path / "store").corrupt == ()
+    assert torch.equal(run(tmp_path / "store"), expected)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 20, 36, 70, 151, 200, 302])
+def test_interrupted_in_the_middle_of_a_checkpoint(tmp_path, monkeypatch, after):
+    expected = run(None)
+    compute = trak.pipeline.Projector.__call__
+    calls = []
+
+    def stopping(self, *args, **options):
+        calls.append(1)
+        if len(calls) == after:
+            raise Stop
+        return compute(self, *args, **options)
+
+    monkeypatch.setattr(trak.pipeline.Projector, "__call__", stopping)
+    with pytest.raises(Stop):
+        run(tmp_path)
+    assert torch.equal(run(tmp_path), expected)
+    # An exception loses nothing that was computed: only batches cut by it are done again.
+    batches = 2 * (N // 30) + 1 * 2
+    assert len(calls) <= batches + 2

@@ -1,0 +1,380 @@
+"""attribute() and TRAKer against TRAK written out densely in float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import trak
+
+N, T, M = 60, 7, 3
+
+
+class Net(nn.Module):
+    def __init__(self, classes=3):
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.first(x))))
+
+
+def make(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    model = Net().to(dtype)
+    train = (torch.randn(N, 5, dtype=dtype), torch.randint(3, (N,)))
+    targets = (torch.randn(T, 5, dtype=dtype), torch.randint(3, (T,)))
+    checkpoints = [
+        {k: v + 0.3 * torch.randn_like(v) for k, v in model.state_dict().items()} for _ in range(M)
+    ]
+    return model, train, targets, checkpoints
+
+
+def dense_trak(model, train, targets, checkpoints, projections, dampings):
+    """The paper's equation, ten lines: returns τ [N, T]."""
+    kernel, weight = 0, 0
+    for checkpoint, P, damping in zip(checkpoints, projections, dampings):
+        model.load_state_dict(checkpoint)
+
+        def gradients(batch):
+            rows, ps = [], []
+            for x, y in zip(*batch):
+                p = torch.softmax(model(x[None])[0], 0)[y]
+                g = torch.autograd.grad(torch.log(p / (1 - p)), list(model.parameters()))
+                rows.append(torch.cat([part.flatten() for part in g]))
+                ps.append(p.detach())
+            return torch.stack(rows), torch.stack(ps)
+
+        (G, p), (H, _) = gradients(train), gradients(targets)
+        Phi, phi = G @ P, H @ P
+        kernel = kernel + Phi @ torch.linalg.solve(
+            Phi.T @ Phi + damping * torch.eye(P.shape[1], dtype=P.dtype), phi.T
+        ) / len(checkpoints)
+        weight = weight + (1 - p)[:, None] / len(checkpoints)
+    return kernel * weight
+
+
+def matrices(projection, model, dtype=torch.float64):
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    out = []
+    for m in range(M):
+        state = projection.init(shapes, checkpoint=m, dtype=dtype)
+        out.append(torch.cat([projection.matrix(state, name) for name in shapes]))
+    return out
+
+
+PROJECTIONS = [
+    trak.Identity(),
+    trak.Rademacher(dim=24),
+    trak.Gaussian(dim=24, seed=3),
+    trak.Sparse(dim=24),
+    trak.Kronecker(dim=40),
+]
+
+
+@pytest.mark.parametrize("gradients", ["reference", "functional", "hooked", "auto"])
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: p.kind)
+def test_attribute_equals_dense_trak(projection, gradients):
+    model, train, targets, checkpoints = make()
+    expected = dense_trak(Net().double(), train, targets, checkpoints, matrices(projection, model), [0.5] * M)
+    attribution = trak.attribute(
+        model,
+        train,
+        targets,
+        task="image_classification",
+        checkpoints=checkpoints,
+        projection=projection,
+        damping=0.5,
+        gradients=gradients,
+        batch_size=13,
+    )
+    torch.testing.assert_close(attribution.scores.tensor(), expected, rtol=1e-8, atol=1e-10)
+
+
+def run_traker(model, train, targets, checkpoints, batch_size=16, **options):
+    traker = trak.TRAKer(model=model, task="image_classification", train_set_size=N, **options)
+    for model_id, checkpoint in enumerate(checkpoints):
+        traker.load_checkpoint(checkpoint, model_id=model_id)
+        for start in range(0, N, batch_size):
+            batch = [t[start : start + batch_size] for t in train]
+            traker.featurize(batch=batch, num_samples=len(batch[0]))
+    traker.finalize_features()
+    for model_id, checkpoint in enumerate(checkpoints):
+        traker.start_scoring_checkpoint(
+            exp_name="val", checkpoint=checkpoint, model_id=model_id, num_targets=T
+        )
+        traker.score(batch=targets, num_samples=T)
+    return traker.finalize_scores(exp_name="val")
+
+
+def test_traker_equals_attribute_and_dense(tmp_path):
+    model, train, targets, checkpoints = make()
+    projection = trak.Rademacher(dim=24, seed=5)
+    parameters = sum(p.numel() for p in model.parameters())
+    damping = 0.3 * parameters / 24
+    expected = dense_trak(
+        Net().double(), train, targets, checkpoints, matrices(projection, model), [damping] * M
+    )
+    scores = run_traker(
+        model, train, targets, checkpoints, save_dir=tmp_path, projector=projection, lambda_reg=0.3
+    )
+    assert scores.shape == (N, T)
+    np.testing.assert_allclose(scores, expected.numpy(), rtol=1e-5, atol=1e-6)
+    attribution = trak.attribute(
+        model,
+        train,
+        targets,
+        task="image_classification",
+        checkpoints=checkpoints,
+        projection=projection,
+        damping=damping,
+    )
+    np.testing.assert_allclose(scores, np.asarray(attribution.scores), rtol=1e-6, atol=1e-7)
+
+
+def test_batch_size_order_of_checkpoints_and_dtype_of_storage_do_not_matter(tmp_path):
+    model, train, targets, checkpoints = make()
+    options = {
+        "task": "image_classification",
+        "projection": trak.Sparse(dim=24),
+        "damping": trak.RelativeDamping(0.1),
+    }
+    expected = trak.attribute(
+        model, train, targets, checkpoints=checkpoints, batch_size=60, **options
+    ).scores.tensor()
+    for batch_size in (1, 7):
+        again = trak.attribute(
+            model, train, targets, checkpoints=checkpoints, batch_size=batch_size, **options
+        )
+        torch.testing.assert_close(again.scores.tensor(), expected, rtol=1e-10, atol=1e-12)
+    first = trak.attribute(
+        model, train, targets, checkpoints=checkpoints, save_dir=tmp_path, **options
+    ).scores.tensor()
+    other = trak.attribute(
+        model, train, targets, checkpoints=checkpoints[::-1], save_dir=tmp_path, **options
+    ).scores.tensor()
+    torch.testing.assert_close(other, first, rtol=1e-10, atol=1e-12)
+    for feature_dtype in ("float16", "bfloat16", "float32"):
+        half = trak.attribute(
+            model, train, targets, checkpoints=checkpoints, feature_dtype=feature_dtype, **options
+        )
+        tolerance = {"float16": 1e-2, "bfloat16": 8e-2, "float32": 1e-4}[feature_dtype]
+        assert float((half.scores.tensor() - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+def test_a_second_call_featurizes_no_training_row_again(tmp_path, monkeypatch):
+    model, train, targets, checkpoints = make()
+    seen = []
+    options = {
+        "checkpoints": checkpoints,
+        "save_dir": tmp_path,
+        "projection": trak.Sparse(dim=24),
+        "damping": 0.1,
+    }
+
+    def task(model, batch):
+        seen.append(len(batch[0]))
+        return trak.ImageClassification().output(model, batch)
+
+    custom = trak.CustomTask(task, name="margin")
+    first = trak.attribute(model, train, targets, task=custom, gradients="functional", check=False, **options)
+    assert sum(seen) > 0
+    seen.clear()
+    again = trak.attribute(model, train, targets, task=custom, gradients="functional", check=False, **options)
+    assert seen == []
+    assert torch.equal(first.scores.tensor(), again.scores.tensor())
+    other = (targets[0] + 1, targets[1])
+    trak.attribute(model, train, other, task=custom, gradients="functional", check=False, **options)
+    # vmap calls the task once for each checkpoint's single batch of targets.
+    assert len(seen) == M
+
+
+def test_other_data_or_settings_in_the_same_save_dir_are_refused(tmp_path):
+    model, train, targets, checkpoints = make()
+    options = {
+        "task": "image_classification",
+        "checkpoints": checkpoints,
+        "save_dir": tmp_path,
+        "damping": 0.1,
+    }
+    trak.attribute(model, train, targets, projection=trak.Sparse(dim=24), **options)
+    with pytest.raises(trak.FingerprintError, match=r"projection.seed: stored 0, asked for 1"):
+        trak.attribute(model, train, targets, projection=trak.Sparse(dim=24, seed=1), **options)
+    with pytest.raises(trak.FingerprintError, match="train_sample"):
+        trak.attribute(model, (train[0] + 1, train[1]), targets, projection=trak.Sparse(dim=24), **options)
+
+
+def test_model_comes_back_untouched():
+    model, train, targets, checkpoints = make()
+    model.train()
+    model.head.eval()
+    model.first.weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    identities = [id(p) for p in model.parameters()]
+    rng = torch.get_rng_state()
+    trak.attribute(
+        model,
+        train,
+        targets,
+        task="image_classification",
+        checkpoints=checkpoints,
+        parameters="*",
+        damping=1.0,
+    )
+    assert torch.equal(rng, torch.get_rng_state())
+    assert [id(p) for p in model.parameters()] == identities
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training and not model.head.training
+    assert not model.first.weight.requires_grad and model.head.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_results_of_an_attribution(tmp_path):
+    model, train, targets, checkpoints = make()
+    attribution = trak.attribute(
+        model,
+        train,
+        targets,
+        task="image_classification",
+        checkpoints=checkpoints,
+        projection=trak.Identity(),
+        damping=0.5,
+    )
+    scores = attribution.scores.tensor()
+    top, bottom = attribution.top(4), attribution.bottom(4)
+    assert torch.equal(top.rows, scores.T.argsort(1, descending=True)[:, :4])
+    assert torch.equal(bottom.scores, scores.T.sort(1).values[:, :4])
+    masks = torch.rand(9, N) < 0.5
+    torch.testing.assert_close(attribution.predict(masks), masks.double() @ scores)
+    groups = attribution.group(train[1])
+    assert groups.names == (0, 1, 2) and groups.sizes.sum() == N
+    torch.testing.assert_close(groups.scores.sum(0), scores.sum(0))
+    torch.testing.assert_close(groups.scores[1], scores[train[1] == 1].sum(0))
+    on_itself = trak.attribute(
+        model,
+        train,
+        train,
+        task="image_classification",
+        checkpoints=checkpoints,
+        projection=trak.Identity(),
+        damping=0.5,
+    )
+    torch.testing.assert_close(attribution.self_influence(), on_itself.scores.tensor().diagonal())
+    table = attribution.to_pandas(k=3)
+    assert list(table.columns) == ["target", "kind", "rank", "row", "score"] and len(table) == T * 6
+    assert table.query("target == 2 and kind == 'proponent'").row.tolist() == top.rows[2, :3].tolist()
+    members = [member.tensor() for member in attribution.members]
+    assert len(members) == M
+    single = trak.attribute(
+        model,
+        train,
+        targets,
+        task="image_classification",
+        checkpoints=checkpoints[:1],
+        projection=trak.Identity(),
+        damping=0.5,
+    )
+    torch.testing.assert_close(members[0], single.scores.tensor())
+    folder = attribution.save(tmp_path / "saved")
+    loaded = trak.Attribution.load(folder)
+    torch.testing.assert_close(loaded.scores.tensor(), scores.float())
+    assert torch.equal(loaded.top(4).rows, top.rows)
+    torch.testing.assert_close(loaded.self_influence(), attribution.self_influence())
+    assert loaded.info["projection"]["kind"] == "identity"
+    assert "proponents" in loaded._repr_html_()
+
+
+def test_loaders_datasets_and_tensors_agree():
+    model, train, targets, checkpoints = make()
+    options = {
+        "task": "image_classification",
+        "checkpoints": checkpoints[:1],
+        "projection": trak.Identity(),
+        "damping": 0.5,
+    }
+    dataset = torch.utils.data.TensorDataset(*train)
+    examples = list(zip(*train))
+    loader = torch.utils.data.DataLoader(examples, batch_size=8, shuffle=True, drop_last=True)
+    expected = trak.attribute(model, train, targets, **options).scores.tensor()
+    for train_set in (dataset, examples, loader, torch.utils.data.Subset(dataset, range(N))):
+        torch.testing.assert_close(
+            trak.attribute(model, train_set, targets, **options).scores.tensor(), expected
+        )
+
+
+def test_per_layer_preconditioner_is_the_sum_over_layers():
+    model, train, targets, checkpoints = make()
+    options = {"task": "image_classification", "checkpoints": checkpoints[:1], "damping": 0.5}
+    projection = trak.Kronecker(dim=40)
+    whole = trak.attribute(
+        model, train, targets, projection=projection, preconditioner="per_layer", **options
+    )
+    P = matrices(projection, model)[0]
+    expected = 0
+    for column in projection.columns({name: tuple(p.shape) for name, p in model.named_parameters()}):
+        expected = expected + dense_trak(
+            Net().double(), train, targets, checkpoints[:1], [P[:, column.start : column.stop]], [0.5]
+        )
+    torch.testing.assert_close(whole.scores.tensor(), expected, rtol=1e-8, atol=1e-10)
+    with pytest.raises(trak.InputError, match="per_layer"):
+        trak.attribute(
+            model, train, targets, projection=trak.Sparse(dim=8), preconditioner="per_layer", **options
+        )
+
+
+def test_singular_and_undamped():
+    model, train, targets, checkpoints = make()
+    options = {"task": "image_classification", "checkpoints": checkpoints[:1], "damping": 0.0}
+    with pytest.raises(trak.SingularGramError, match="only 60 training rows"):
+        trak.attribute(model, train, targets, projection=trak.Rademacher(dim=64), **options)
+    repeated = (train[0][:2].repeat(30, 1), train[1][:2].repeat(30))
+    with pytest.raises(trak.SingularGramError, match="singular in working precision"):
+        trak.attribute(model, repeated, targets, projection=trak.Rademacher(dim=16), **options)
+    fine = trak.attribute(model, train, targets, projection=trak.Rademacher(dim=16), **options)
+    P = matrices(trak.Rademacher(dim=16), model)[0]
+    torch.testing.assert_close(
+        fine.scores.tensor(),
+        dense_trak(Net().double(), train, targets, checkpoints[:1], [P], [0.0]),
+        rtol=1e-6,
+        atol=1e-9,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"task": "nonsense"}, trak.InputError, "unknown task"),
+        ({"checkpoints": []}, trak.InputError, "empty list"),
+        ({"checkpoints": "model.pt"}, trak.InputError, "must be a list"),
+        ({"damping": -1.0}, trak.InputError, "damping must be"),
+        ({"damping": "much"}, trak.InputError, "damping must be"),
+        ({"batch_size": 0}, trak.InputError, "batch_size"),
+        ({"device": "cuda:7"}, trak.InputError, "device"),
+        ({"gradients": "magic"}, trak.InputError, "gradients must be"),
+        ({"parameters": ["nothing.*"]}, trak.ParameterError, "nothing"),
+        ({"projection": 2048}, trak.InputError, "projection must be"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(change, error, match):
+    model, train, targets, checkpoints = make()
+    options = {"task": "image_classification", "checkpoints": checkpoints} | change
+    with pytest.raises(error, match=match):
+        trak.attribute(model, train, targets, **options)
+
+
+def test_the_same_checkpoint_twice_is_refused():
+    model, train, targets, _ = make()
+    with pytest.raises(trak.CheckpointError, match="same as checkpoint 0"):
+        trak.attribute(
+            model, train, targets, task="image_classification", checkpoints=[model.state_dict(), model]
+        )
+
+
+def test_nan_outputs_are_refused():
+    model, train, targets, checkpoints = make()
+    train[0][17] = float("nan")
+    with pytest.raises(trak.NonFiniteError):
+        trak.attribute(model, train, targets, task="image_classification", checkpoints=checkpoints)
