@@ -9,6 +9,8 @@ from hypothesis import settings
 
 settings.register_profile("trak", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("trak")
+# Small tensors: more threads cost more than they gain.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

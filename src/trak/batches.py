@@ -26,7 +26,12 @@ def flatten(batch: Any) -> tuple[list[Tensor], Rebuild]:
     Mappings keep their own order. Leaves that are no tensors are kept as they are.
     """
     leaves: list[Tensor] = []
-    _map(batch, lambda tensor: (leaves.append(tensor), tensor)[1])
+
+    def collect(tensor: Tensor) -> Tensor:
+        leaves.append(tensor)
+        return tensor
+
+    _map(batch, collect)
 
     def rebuild(tensors: Sequence[Tensor]) -> Any:
         if len(tensors) != len(leaves):

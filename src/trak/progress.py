@@ -12,7 +12,7 @@ class Bar(Protocol):
     """What `bar` yields."""
 
     def update(self, n: int = 1, /) -> object:
-        """n more units are done."""
+        """N more units are done."""
 
 
 class _Quiet:
@@ -38,7 +38,9 @@ def bar(
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, desc=description, unit=f" {unit}", initial=initial, dynamic_ncols=True, smoothing=0.1) as shown:
+    with tqdm(
+        total=total, desc=description, unit=f" {unit}", initial=initial, dynamic_ncols=True, smoothing=0.1
+    ) as shown:
         yield shown
 
 

@@ -63,7 +63,7 @@ class RelativeDamping(Damping):
         _check(self.ratio, "ratio")
 
     def value(self, moments: GroupMoments) -> float:
-        """ratio · trace(ΦᵀΦ) / K."""
+        """Ratio · trace(ΦᵀΦ) / K."""
         return float(self.ratio * moments.gram.diagonal().mean())
 
     def fingerprint(self) -> dict[str, Any]:
@@ -84,9 +84,13 @@ def resolve_damping(damping: float | str | Damping) -> Damping:
     if isinstance(damping, str):
         if damping == "auto":
             return AutomaticDamping()
-        raise InputError(f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {damping!r}')
+        raise InputError(
+            f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {damping!r}'
+        )
     if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise InputError(f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {type(damping).__name__}')
+        raise InputError(
+            f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {type(damping).__name__}'
+        )
     return FixedDamping(float(damping))
 
 

@@ -55,7 +55,9 @@ def accumulate_moments(
         device: where products are formed and sums are kept.
     """
     device = torch.device(device)
-    grams = [torch.zeros(stop - start, stop - start, dtype=torch.float64, device=device) for start, stop in groups]
+    grams = [
+        torch.zeros(stop - start, stop - start, dtype=torch.float64, device=device) for start, stop in groups
+    ]
     cross = [torch.zeros(stop - start, dtype=torch.float64, device=device) for start, stop in groups]
     num_rows, square = 0, 0.0
     for features_RK, outputs_R in blocks:

@@ -82,7 +82,7 @@ def _factorise(gram: Tensor, damping: float, product_dtype: torch.dtype, *, wher
     if not reciprocal > tolerance:
         raise SingularGramError(
             f"the Gram matrix{where} is singular in working precision: smallest/largest eigenvalue is about {reciprocal:.1e} with "
-            f"damping {damping:.3g} (below {tolerance:.1e}). Some features are zero, repeated, or depend on others: use damping=\"auto\" "
+            f'damping {damping:.3g} (below {tolerance:.1e}). Some features are zero, repeated, or depend on others: use damping="auto" '
             "or a larger number, a smaller projection dimension, or leave parameters that receive no gradient out with parameters=…"
         )
     return factor

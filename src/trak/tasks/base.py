@@ -21,7 +21,7 @@ class Task(ABC):
         """f(z; θ) for each example of the batch: [B], differentiable."""
 
     def loss_weight(self, outputs: Tensor) -> Tensor:
-        """q = −∂L/∂f for each example: [B]. By default sigmoid(−f), which belongs to L = log(1 + e^(−f))."""
+        """Q = −∂L/∂f for each example: [B]. By default sigmoid(−f), which belongs to L = log(1 + e^(−f))."""
         return torch.sigmoid(-outputs)
 
     def output_and_weight(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

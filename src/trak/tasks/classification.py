@@ -23,11 +23,11 @@ class _Classification(Task):
         raise NotImplementedError
 
     def output(self, model: nn.Module, batch: Any) -> Tensor:
-        """f = log(p / (1 − p)) of the correct class, [B]."""
+        """F = log(p / (1 − p)) of the correct class, [B]."""
         return class_margin(*self.logits_and_labels(model, batch))
 
     def loss_weight(self, outputs: Tensor) -> Tensor:
-        """q = 1 − p = sigmoid(−f / temperature), [B]; exact for two classes and for temperature 1."""
+        """Q = 1 − p = sigmoid(−f / temperature), [B]; exact for two classes and for temperature 1."""
         return torch.sigmoid(-outputs / self.temperature)
 
     def output_and_weight(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,9 @@ def resolve_task(task: Task | str | Callable[..., Tensor]) -> Task:
         )
     if callable(task):
         return CustomTask(task)
-    raise InputError(f"task must be a name, a trak.Task or a function (model, batch) -> f [batch]; got {type(task).__name__}")
+    raise InputError(
+        f"task must be a name, a trak.Task or a function (model, batch) -> f [batch]; got {type(task).__name__}"
+    )
 
 
 def _qualified_name(function: Callable[..., Any]) -> str:

@@ -12,7 +12,7 @@ from trak.errors import InputError
 
 
 def multiclass_margin(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """f = log(p_y / (1 − p_y)) = logit_y − logsumexp of the other logits (Park et al. 2023, section 2), [B].
+    """F = log(p_y / (1 − p_y)) = logit_y − logsumexp of the other logits (Park et al. 2023, section 2), [B].
 
     The other logits are summed without the label's: subtracting two probabilities would cancel where p → 1.
     """
@@ -24,7 +24,7 @@ def multiclass_margin(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def binary_margin(logits_B: Tensor, labels_B: Tensor) -> Tensor:
-    """f = logit for label 1 and −logit for label 0: log(p / (1 − p)) of the correct label, [B]."""
+    """F = logit for label 1 and −logit for label 0: log(p / (1 − p)) of the correct label, [B]."""
     return logits_B * (2 * labels_B.to(logits_B.dtype) - 1)
 
 
@@ -43,7 +43,11 @@ def check_logits(logits: object, labels_B: object, *, what: str) -> tuple[Tensor
             "For other models write a task: trak.CustomTask(lambda model, batch: ...)"
         )
     if not isinstance(labels_B, Tensor) or labels_B.is_floating_point():
-        got = f"{labels_B.dtype} of shape {list(labels_B.shape)}" if isinstance(labels_B, Tensor) else type(labels_B).__name__
+        got = (
+            f"{labels_B.dtype} of shape {list(labels_B.shape)}"
+            if isinstance(labels_B, Tensor)
+            else type(labels_B).__name__
+        )
         raise InputError(f"{what} needs integer class labels, a tensor [batch]; got {got}")
     if logits.ndim not in (1, 2) or labels_B.ndim != 1 or logits.shape[0] != labels_B.shape[0]:
         raise InputError(

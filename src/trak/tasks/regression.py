@@ -53,5 +53,7 @@ class Regression(Task):
                 "For several outputs write a task: trak.CustomTask(lambda model, batch: model(batch[0])[:, 3])"
             )
         if values.numel() != predictions.numel():
-            raise InputError(f"regression expects one value per example; got {describe(values)} for predictions {describe(predictions)}")
+            raise InputError(
+                f"regression expects one value per example; got {describe(values)} for predictions {describe(predictions)}"
+            )
         return predictions.reshape(-1), torch.as_tensor(values).reshape(-1)
