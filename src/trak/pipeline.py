@@ -6,7 +6,7 @@ Everything comes in as arguments and goes out as results; the store is the only 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from trak.precondition import (
     fit_preconditioner,
 )
 from trak.progress import bar
-from trak.projection import Projection, ProjectionState
+from trak.projection import Projection
 from trak.scores import KernelScores, Member
 from trak.store import RowSet, Store
 from trak.tasks import Task
@@ -61,6 +61,26 @@ class Setting:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
+def verify(setting: Setting, state: Mapping[str, Tensor], batch: Any) -> Setting:
+    """The setting with gradients that passed the first-batch check (see `trak.gradients.check_first_batch`).
+
+    For every later batch and checkpoint use what this returns: automatic gradients that failed have fallen back in it.
+
+    Raises:
+        GradientError, MixedExamplesError, NonFiniteError: what the check found.
+    """
+    batch = prepare(setting, batch)
+    names = list(setting.shapes)
+    gradients = check_first_batch(setting.gradients, setting.model, state, setting.task, batch, names)
+    return replace(setting, gradients=gradients)
+
+
+def prepare(setting: Setting, batch: Any) -> Any:
+    """The batch on the device, in the computing dtype."""
+    batch = batches.move(batch, setting.device)
+    return batch if setting.dtype is None else batches.cast(batch, setting.dtype)
+
+
 def featurize(
     setting: Setting,
     state: Mapping[str, Tensor],
@@ -68,22 +88,21 @@ def featurize(
     source: RowSource,
     rows: RowSet,
     *,
-    check: bool,
     label: str,
 ) -> None:
     """Compute and store φ, f and q of every row that is not stored yet.
 
     Args:
-        setting: the run.
+        setting: the run; verified, or the user does not want that.
         state: the checkpoint's parameters and buffers, on the device.
         model_id: the checkpoint's number: a part of the projection's key.
         source: the examples.
         rows: where they go.
-        check: verify per-example gradients on the first batch (see `trak.gradients.check_first_batch`).
         label: what is featurized, for the progress bar.
 
     Raises:
-        GradientError, MixedExamplesError, NonFiniteError: from the first-batch check or any batch.
+        GradientError: gradients cannot be had.
+        NonFiniteError: an output, a weight or a feature is NaN or infinite.
     """
     missing = rows.missing()
     if not missing:
@@ -95,53 +114,25 @@ def featurize(
         rows.writer() as writer,
     ):
         for row_numbers, batch in source.batches(missing):
-            batch = projector.prepare(batch)
-            if check:
-                projector = projector.checked(batch)
-                check = False
-            features_BK, outputs = projector(
-                batch, label=f"{label}, rows {int(row_numbers[0])} to {int(row_numbers[-1])}"
-            )
+            where = f"{label}, rows {int(row_numbers[0])} to {int(row_numbers[-1])}"
+            features_BK, outputs = projector(prepare(setting, batch), label=where)
             wanted_B = _inside(row_numbers, missing)
-            writer.add(row_numbers[wanted_B], features_BK[wanted_B], outputs.f[wanted_B], outputs.q[wanted_B])
+            writer.add(
+                row_numbers[wanted_B], features_BK[wanted_B], outputs.f[wanted_B], outputs.q[wanted_B]
+            )
             shown.update(int(wanted_B.sum()))
 
 
 class Projector:
     """Projected gradients of batches at one checkpoint: (batch) -> (φ [B, K], outputs), all on the CPU."""
 
-    def __init__(
-        self,
-        setting: Setting,
-        state: Mapping[str, Tensor],
-        model_id: int,
-        *,
-        gradients: Gradients | None = None,
-        drawn: ProjectionState | None = None,
-    ) -> None:
+    def __init__(self, setting: Setting, state: Mapping[str, Tensor], model_id: int) -> None:
         self.setting, self.state, self.model_id = setting, state, model_id
         self.names = list(setting.shapes)
-        self.gradients = gradients or select_gradients(setting.gradients, setting.model, self.names)
-        self.drawn = drawn or setting.projection.init(
+        self.gradients = select_gradients(setting.gradients, setting.model, self.names)
+        self.drawn = setting.projection.init(
             setting.shapes, checkpoint=model_id, device=setting.device, dtype=setting.sum_dtype
         )
-
-    def prepare(self, batch: Any) -> Any:
-        """The batch on the device, in the computing dtype."""
-        batch = batches.move(batch, self.setting.device)
-        return batch if self.setting.dtype is None else batches.cast(batch, self.setting.dtype)
-
-    def checked(self, batch: Any) -> Projector:
-        """This projector, or one with other gradients, after the check on a first batch.
-
-        Raises:
-            GradientError: the gradients are wrong and nothing else was allowed.
-        """
-        setting = self.setting
-        gradients = check_first_batch(
-            setting.gradients, setting.model, self.state, setting.task, batch, self.names
-        )
-        return Projector(setting, self.state, self.model_id, gradients=gradients, drawn=self.drawn)
 
     def outputs(self, batch: Any) -> Tensor:
         """F [B] of a prepared batch by one forward pass, on the CPU."""
@@ -183,6 +174,8 @@ def fit(
         MissingRowsError: some rows are not there.
         SingularGramError: it cannot be inverted with this damping.
     """
+    if device.type == "mps":
+        device = torch.device("cpu")  # it has no float64
     if not rows.is_complete:
         raise MissingRowsError(
             f"{where}: {_ranges(rows.missing())} of the training set are not featurized yet"
@@ -202,6 +195,7 @@ def score(
     preconditioners: Sequence[Preconditioner],
     *,
     device: torch.device,
+    progress: bool | None = None,
 ) -> KernelScores:
     """Scores [N, T] over some checkpoints, to be computed where they are read.
 
@@ -212,9 +206,9 @@ def score(
     for model_id, preconditioner in zip(model_ids, preconditioners):
         train, targets = store.rows(model_id), store.rows(model_id, experiment)
         features_TK = targets.read(0, targets.num_rows).features
-        members.append(Member(train, preconditioner.solve(features_TK).cpu()))
+        members.append(Member(train, preconditioner.solve(features_TK).to(features_TK.dtype).cpu()))
         weights.append(train.weights())
-    return KernelScores(tuple(members), torch.stack(weights).mean(0), device)
+    return KernelScores(tuple(members), torch.stack(weights).mean(0), device, progress)
 
 
 def has_moments(rows: RowSet, groups: Sequence[tuple[int, int]]) -> bool:

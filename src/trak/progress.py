@@ -22,7 +22,7 @@ class _Quiet:
 
 @contextmanager
 def bar(
-    total: int | None, description: str, *, unit: str = "rows", enabled: bool | None = None, initial: int = 0
+    total: int | None, description: str, *, unit: str = "rows", enabled: bool | None = None, initial: int = 0, delay: float = 0.0
 ) -> Iterator[Bar]:
     """A bar over `total` units.
 
@@ -32,6 +32,7 @@ def bar(
         unit: what is counted.
         enabled: True or False to force; None shows the bar only where standard error is a terminal or a notebook is running.
         initial: units that were done in an earlier run.
+        delay: seconds before the bar is shown, for stages that are usually short.
     """
     if not (is_interactive() if enabled is None else enabled):
         yield _Quiet()
@@ -39,7 +40,13 @@ def bar(
     from tqdm.auto import tqdm
 
     with tqdm(
-        total=total, desc=description, unit=f" {unit}", initial=initial, dynamic_ncols=True, smoothing=0.1
+        total=total,
+        desc=description,
+        unit=f" {unit}",
+        initial=initial,
+        dynamic_ncols=True,
+        smoothing=0.1,
+        delay=delay,
     ) as shown:
         yield shown
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trak.errors import InputError
+from trak.progress import bar
 
 DEFAULT_BLOCK_ROWS = 4096
 
@@ -98,9 +99,12 @@ class Scores(ABC):
         return f"{type(self).__name__}(num_train={self.num_train}, num_targets={self.num_targets})"
 
     def blocks(self, block_rows: int = DEFAULT_BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
-        """(first row, scores [R, T]) in row order."""
-        for start in range(0, self.num_train, block_rows):
-            yield start, self.read(start, min(start + block_rows, self.num_train))
+        """(first row, scores [R, T]) in row order; a progress bar where it takes more than two seconds."""
+        with bar(self.num_train, "Scores", enabled=getattr(self, "progress", None), delay=2.0) as shown:
+            for start in range(0, self.num_train, block_rows):
+                stop = min(start + block_rows, self.num_train)
+                yield start, self.read(start, stop)
+                shown.update(stop - start)
 
     def tensor(self) -> Tensor:
         """The whole matrix in memory, [N, T].
@@ -167,11 +171,13 @@ class KernelScores(Scores):
         members: one for each checkpoint.
         weights: q̄, [N]: the mean over checkpoints of each training example's loss weight.
         device: where products are formed; blocks are returned on the CPU.
+        progress: True or False to force a progress bar over blocks; None shows one on terminals and in notebooks, after two seconds.
     """
 
     members: tuple[Member, ...]
     weights: Tensor
     device: torch.device
+    progress: bool | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -183,7 +189,7 @@ class KernelScores(Scores):
         total_RT: Tensor | None = None
         for member in self.members:
             features_RK = member.rows.read(start, stop).features.to(self.device)
-            solved_KT = member.solved_TK.to(device=self.device, dtype=features_RK.dtype).T
+            solved_KT = member.solved_TK.to(features_RK.dtype).to(self.device).T
             total_RT = (
                 features_RK @ solved_KT if total_RT is None else total_RT.addmm_(features_RK, solved_KT)
             )
@@ -197,11 +203,11 @@ class KernelScores(Scores):
             Member(member.rows, member.solved_TK[targets.to(member.solved_TK.device)])
             for member in self.members
         )
-        return KernelScores(members, self.weights, self.device)
+        return KernelScores(members, self.weights, self.device, self.progress)
 
     def member(self, index: int, weights: Tensor) -> Scores:
         """One checkpoint's scores, with that checkpoint's own weights q_m [N]."""
-        return KernelScores((self.members[index],), weights, self.device)
+        return KernelScores((self.members[index],), weights, self.device, self.progress)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -29,7 +29,7 @@ from trak.methods.runs import (
     register,
     resolve_setting,
 )
-from trak.pipeline import Projector, fit, has_moments, score
+from trak.pipeline import Projector, fit, has_moments, prepare, score, verify
 from trak.precondition import Damping, FixedDamping, resolve_damping
 from trak.projection import Projection
 from trak.results import Attribution
@@ -144,7 +144,7 @@ class TRAKer:
         self._store = open_store(save_dir, self._header, shard_rows=DEFAULT_SHARD_ROWS)
         self._model_ids: list[int] = list(self._store.checkpoints()) if load_from_save_dir else []
         self._session: _Session | None = None
-        self._checked = False
+        self._is_verified = False
 
     @property
     def model_ids(self) -> tuple[int, ...]:
@@ -344,10 +344,10 @@ class TRAKer:
     def _add(self, session: _Session, batch: Any, inds: Any, num_samples: int | None, *, what: str) -> None:
         size = batches.batch_size(batch)
         rows_B = _row_numbers(session, size, inds, num_samples, what)
-        batch = session.projector.prepare(batch)
-        if not self._checked:
-            session.projector = session.projector.checked(batch)
-            self._checked = True
+        if not self._is_verified:
+            self._setting, self._is_verified = verify(self._setting, session.projector.state, batch), True
+            session.projector = Projector(self._setting, session.projector.state, session.model_id)
+        batch = prepare(self._setting, batch)
         stored_B = session.writer.has(rows_B)
         on_disk_B = session.rows.has(rows_B) if stored_B.any() else stored_B
         if on_disk_B.any():

@@ -378,3 +378,84 @@ def test_nan_outputs_are_refused():
     train[0][17] = float("nan")
     with pytest.raises(trak.NonFiniteError):
         trak.attribute(model, train, targets, task="image_classification", checkpoints=checkpoints)
+
+
+class Bypassing(Net):
+    """Uses a layer's weight outside the layer: hooks do not see it."""
+
+    def forward(self, x):
+        return super().forward(x) + nn.functional.linear(x, self.first.weight)[:, :3]
+
+
+@pytest.mark.parametrize("face", ["attribute", "traker"])
+def test_gradients_that_fail_their_check_fall_back_everywhere(face, caplog):
+    # For every checkpoint and for targets, not for the batch that was checked only.
+    _, train, targets, checkpoints = make()
+    model = Bypassing().double()
+    projection = trak.Identity()
+    expected = dense_trak(
+        Bypassing().double(), train, targets, checkpoints, matrices(projection, model), [0.5] * M
+    )
+    if face == "attribute":
+        scores = trak.attribute(
+            model,
+            train,
+            targets,
+            task="image_classification",
+            checkpoints=checkpoints,
+            projection=projection,
+            damping=0.5,
+        ).scores.tensor()
+    else:
+        options = {"save_dir": None, "projector": projection, "lambda_reg": trak.FixedDamping(0.5)}
+        scores = torch.tensor(run_traker(model, train, targets, checkpoints, **options), dtype=torch.float64)
+    assert "slower and used instead" in caplog.text
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(trak.GradientError, match="first.weight"):
+        trak.attribute(
+            model,
+            train,
+            targets,
+            task="image_classification",
+            checkpoints=checkpoints,
+            gradients="hooked",
+            projection=projection,
+        )
+
+
+def test_progress_is_silent_where_nobody_watches_and_shown_on_request(capsys):
+    model, train, targets, checkpoints = make()
+    options = {"task": "image_classification", "checkpoints": checkpoints[:1], "projection": trak.Sparse(dim=8)}
+    trak.attribute(model, train, targets, **options)
+    assert capsys.readouterr() == ("", "")
+    trak.attribute(model, train, targets, progress=True, **options)
+    shown = capsys.readouterr().err
+    assert "Featurizing, checkpoint 1 of 1" in shown and "rows/s" in shown
+
+
+def test_hugging_face_text_classifier():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+    )
+    model = transformers.BertForSequenceClassification(config)
+    examples = [
+        {"input_ids": torch.randint(1, 50, (length,)), "labels": torch.tensor(length % 2)}
+        for length in range(5, 25)
+    ]
+
+    def collate(items):
+        ids = nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
+        labels = torch.stack([item["labels"] for item in items])
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+
+    def scores(batch_size):
+        loader = torch.utils.data.DataLoader(examples, batch_size=batch_size, collate_fn=collate)
+        targets = torch.utils.data.DataLoader(examples[:3], batch_size=3, collate_fn=collate)
+        attribution = trak.attribute(
+            model, loader, targets, task="text_classification", projection=trak.Sparse(dim=64)
+        )
+        return attribution.scores.tensor()
+
+    # Padding differs between batches and must have no effect.
+    torch.testing.assert_close(scores(4), scores(20), rtol=1e-3, atol=1e-6)

@@ -18,7 +18,7 @@ from trak.datasets import RowSource, as_rows, content_hash
 from trak.errors import CheckpointError, InputError
 from trak.gradients import Auto, Functional, Gradients, Hooked, Reference, model_state, select_parameters
 from trak.logs import logger
-from trak.pipeline import Setting, featurize
+from trak.pipeline import Setting, featurize, verify
 from trak.projection import Projection, default_projection
 from trak.scores import available_memory
 from trak.store import Header, Store, open_store
@@ -57,6 +57,7 @@ class Run:
     store: Store
     checkpoints: tuple[Any, ...]
     model_ids: tuple[int, ...]
+    is_verified: bool
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -83,6 +84,7 @@ def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | 
         _refuse_large_memory(header, len(sources))
     store = open_store(options.save_dir, header, shard_rows=DEFAULT_SHARD_ROWS)
     model_ids: list[int] = []
+    is_verified = not options.check
     for index, source in enumerate(sources):
         state = load_state(options, setting, source)
         model_id = register(store, state)
@@ -92,17 +94,13 @@ def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | 
                 "models. If you pass one state dict that training goes on changing, pass copies or paths"
             )
         model_ids.append(model_id)
-        label = f"Featurizing, checkpoint {index + 1} of {len(sources)}"
+        rows = store.rows(model_id)
+        if not is_verified and not rows.is_complete:
+            setting, is_verified = verify(setting, state, first_batch(train)), True
         featurize(
-            setting,
-            state,
-            model_id,
-            train,
-            store.rows(model_id),
-            check=options.check and index == 0,
-            label=label,
+            setting, state, model_id, train, rows, label=f"Featurizing, checkpoint {index + 1} of {len(sources)}"
         )
-    return Run(options, setting, train, store, tuple(sources), tuple(model_ids))
+    return Run(options, setting, train, store, tuple(sources), tuple(model_ids), is_verified)
 
 
 def featurize_targets(run: Run, targets: RowSource) -> str:
@@ -113,13 +111,20 @@ def featurize_targets(run: Run, targets: RowSource) -> str:
     digest = content_hash(batch for _, batch in targets.batches())
     experiment = f"targets-{digest[:16]}"
     run.store.add_experiment(experiment, targets.num_rows, digest)
-    pending = [model_id for model_id in run.model_ids if not run.store.rows(model_id, experiment).is_complete]
-    if pending:
-        for index, (model_id, state) in enumerate(run.states()):
-            label = f"Targets, checkpoint {index + 1} of {len(run.model_ids)}"
-            rows = run.store.rows(model_id, experiment)
-            featurize(run.setting, state, model_id, targets, rows, check=False, label=label)
+    if all(run.store.rows(model_id, experiment).is_complete for model_id in run.model_ids):
+        return experiment
+    setting, is_verified = run.setting, run.is_verified
+    for index, (model_id, state) in enumerate(run.states()):
+        if not is_verified:
+            setting, is_verified = verify(setting, state, first_batch(targets)), True
+        label = f"Targets, checkpoint {index + 1} of {len(run.model_ids)}"
+        featurize(setting, state, model_id, targets, run.store.rows(model_id, experiment), label=label)
     return experiment
+
+
+def first_batch(source: RowSource) -> Any:
+    """The first examples of a source."""
+    return next(iter(source.batches()))[1]
 
 
 def resolve_setting(options: RunOptions) -> Setting:

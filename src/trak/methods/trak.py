@@ -68,7 +68,9 @@ class FittedTRAK(FittedAttributor):
         target_rows = as_rows(targets, batch_size=run.options.batch_size, what="targets")
         experiment = featurize_targets(run, target_rows)
         device = run.setting.device
-        scores = score(run.store, run.model_ids, experiment, self.preconditioners, device=device)
+        scores = score(
+            run.store, run.model_ids, experiment, self.preconditioners, device=device, progress=run.setting.progress
+        )
         weights = [run.store.rows(model_id).weights() for model_id in run.model_ids]
         outputs = torch.stack(
             [run.store.rows(model_id, experiment).outputs() for model_id in run.model_ids]

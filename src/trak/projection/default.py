@@ -6,27 +6,32 @@ from math import prod
 
 from trak.projection.base import Projection, Shapes
 from trak.projection.identity import Identity
+from trak.projection.kronecker import Kronecker
 from trak.projection.layout import check_shapes
 from trak.projection.sparse import Sparse
 
-# Chosen by the linear datamodeling score that each kind and K reaches for its time; see the design note.
-DEFAULT_KIND: type[Sparse] = Sparse
-DEFAULT_DIM = 2048
+# Chosen by the linear datamodeling score and the time of each kind and K: design/defaults.md has the figures.
+DEFAULT_DIM = 4096
+# Beyond this many attributed parameters one layer's gradients no longer fit for a batch, and only factors are kept.
+LARGE_MODEL = 50_000_000
+LARGE_DIM = 8192
 
 
 def default_projection(shapes: Shapes, *, dim: int | None = None, seed: int = 0) -> Projection:
-    """`Identity` if all P numbers fit into K, else the default kind.
+    """`Identity` if all P numbers fit into K; `Sparse` for models of ordinary size; `Kronecker` for large ones.
 
     Args:
-        shapes: the attributed parameters.
-        dim: K; None takes the default, 2048.
-        seed: any integer.
+        shapes: attributed parameters, name to shape.
+        dim: K; None for 4,096, and 8,192 for models of more than 50 million attributed parameters.
+        seed: of the projection.
 
     Raises:
-        ProjectionError: no parameters, or `dim` or `seed` not what a projection takes.
+        ProjectionError: no parameters.
     """
     check_shapes(shapes)
-    projection = DEFAULT_KIND(dim=DEFAULT_DIM if dim is None else dim, seed=seed)
-    if sum(prod(shape) for shape in shapes.values()) <= projection.dim:
+    size = sum(prod(shape) for shape in shapes.values())
+    is_large = size > LARGE_MODEL
+    dim = dim if dim is not None else (LARGE_DIM if is_large else DEFAULT_DIM)
+    if size <= dim:
         return Identity()
-    return projection
+    return Kronecker(dim, seed=seed) if is_large else Sparse(dim, seed=seed)
