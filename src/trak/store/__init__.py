@@ -1,0 +1,22 @@
+"""Features on disk or in memory: immutable shards under one manifest. Format: docs/format.md."""
+
+from trak.store.header import FORMAT_VERSION, Header
+from trak.store.rows import Rows, RowSet
+from trak.store.store import Store, load_store, open_store
+from trak.store.verify import Damage, Gap, Report, verify
+from trak.store.writer import Writer
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Damage",
+    "Gap",
+    "Header",
+    "Report",
+    "RowSet",
+    "Rows",
+    "Store",
+    "Writer",
+    "load_store",
+    "open_store",
+    "verify",
+]
