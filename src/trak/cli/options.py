@@ -1,0 +1,82 @@
+"""Words of the command line to trak's objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from trak.errors import InputError
+
+if TYPE_CHECKING:
+    from trak.precondition import Damping
+    from trak.projection import Projection
+
+
+def parse_projection(words: str) -> Projection:
+    """A projection from `kind:dim`, with further options after commas: `sparse:2048,nonzeros=4,seed=1`,
+    `sparse:64,per_layer`; or `identity`.
+
+    Raises:
+        InputError: a kind or option that is not there, or no whole number where one must be.
+    """
+    from trak.projection.kinds import KINDS
+
+    kind, _, rest = words.strip().partition(":")
+    if kind not in KINDS:
+        raise InputError(
+            f"--projection is KIND:DIM with a kind of {', '.join(KINDS)}, such as kronecker:4096; got {words!r}"
+        )
+    # How much memory a drawn matrix may take is no matter of the numbers, so no option here.
+    fields = dataclasses.fields(KINDS[kind])  # type: ignore[arg-type]
+    known = {field.name: field for field in fields if field.name != "cache_bytes"}
+    options: dict[str, int | bool] = {}
+    for place, part in enumerate(filter(None, rest.split(","))):
+        name, equals, number = part.partition("=")
+        if not equals and place == 0 and name not in known:
+            name, number = "dim", part
+        if name not in known:
+            allowed = ", ".join(known) or "no options"
+            raise InputError(f"--projection {kind} takes {allowed}; got {part!r} in {words!r}")
+        if isinstance(known[name].default, bool):
+            options[name] = bool(_whole(number, words)) if equals else True
+        else:
+            options[name] = _whole(number, words)
+    if "dim" in known and "dim" not in options:
+        raise InputError(f"--projection {kind} needs its dimension, such as {kind}:4096; got {words!r}")
+    return KINDS[kind](**options)
+
+
+def parse_damping(words: str) -> float | str | Damping:
+    """A damping from `auto`, a number λ ≥ 0, or `relative:RATIO` of the mean eigenvalue.
+
+    Raises:
+        InputError: anything else.
+    """
+    if words == "auto":
+        return words
+    kind, colon, number = words.partition(":")
+    if colon and kind == "relative":
+        from trak.precondition import RelativeDamping
+
+        return RelativeDamping(_number(number, words))
+    return _number(words, words)
+
+
+def _whole(number: str, words: str) -> int:
+    try:
+        return int(number)
+    except ValueError:
+        raise InputError(f"--projection takes whole numbers; got {number!r} in {words!r}") from None
+
+
+def _number(number: str, words: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise InputError(
+            f"--damping is auto, a number ≥ 0, or relative:RATIO, such as relative:0.1; got {words!r}"
+        )
+    return value
