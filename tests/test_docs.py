@@ -89,7 +89,7 @@ def test_shell_blocks_name_things_that_exist(page):
             where = f"{page.name}:{line}: {command}"
             if words[0] == "make":
                 assert set(words[1:]) <= targets, where
-            elif words[0] == "python" and words[1].endswith(".py"):
+            elif words[0] == "python" and len(words) > 1 and words[1].endswith(".py"):
                 assert (ROOT / words[1]).exists(), where
             elif words[0] == "trak":
                 check_trak_command(words[1:], where)

@@ -117,9 +117,7 @@ def featurize(
             where = f"{label}, rows {int(row_numbers[0])} to {int(row_numbers[-1])}"
             features_BK, outputs = projector(prepare(setting, batch), label=where)
             wanted_B = _inside(row_numbers, missing)
-            writer.add(
-                row_numbers[wanted_B], features_BK[wanted_B], outputs.f[wanted_B], outputs.q[wanted_B]
-            )
+            writer.add(row_numbers[wanted_B], features_BK[wanted_B], outputs.f[wanted_B], outputs.q[wanted_B])
             shown.update(int(wanted_B.sum()))
 
 
@@ -209,6 +207,26 @@ def score(
         members.append(Member(train, preconditioner.solve(features_TK).to(features_TK.dtype).cpu()))
         weights.append(train.weights())
     return KernelScores(tuple(members), torch.stack(weights).mean(0), device, progress)
+
+
+def self_influence(
+    store: Store,
+    model_ids: Sequence[int],
+    preconditioners: Sequence[Preconditioner],
+    *,
+    progress: bool | None = None,
+) -> Tensor:
+    """τ(z_i)_i = [1/M Σ_m φ_m(z_i)ᵀ(Φ_mᵀΦ_m + λ_m I)⁻¹φ_m(z_i)] · q̄_i, [N] float64."""
+    total_N = torch.zeros(store.header.num_rows, dtype=torch.float64)
+    weights_N = torch.zeros_like(total_N)
+    with bar(len(total_N) * len(model_ids), "Self-influence", enabled=progress, delay=2.0) as shown:
+        for model_id, preconditioner in zip(model_ids, preconditioners):
+            rows = store.rows(model_id)
+            weights_N += rows.weights().double()
+            for block in rows.blocks():
+                total_N[block.start : block.stop] += preconditioner.leverage(block.features).cpu()
+                shown.update(block.stop - block.start)
+    return total_N * weights_N / len(model_ids) ** 2
 
 
 def has_moments(rows: RowSet, groups: Sequence[tuple[int, int]]) -> bool:

@@ -29,7 +29,8 @@ from trak.methods.runs import (
     register,
     resolve_setting,
 )
-from trak.pipeline import Projector, fit, has_moments, prepare, score, verify
+from trak.methods.trak import stored_attribution
+from trak.pipeline import Projector, fit, has_moments, prepare, verify
 from trak.precondition import Damping, FixedDamping, resolve_damping
 from trak.projection import Projection
 from trak.results import Attribution
@@ -301,17 +302,22 @@ class TRAKer:
         for model_id in chosen:
             self._require_finalized(model_id)
         preconditioners = [self._preconditioner(model_id) for model_id in chosen]
-        scores = score(self._store, chosen, exp_name, preconditioners, device=self._setting.device)
-        weights = [self._store.rows(model_id).weights() for model_id in chosen]
-        outputs = torch.stack([self._store.rows(model_id, exp_name).outputs() for model_id in chosen]).mean(0)
-        members = tuple(scores.member(index, weight) for index, weight in enumerate(weights))
         info = {
             "method": "TRAK",
             "experiment": exp_name,
             "num_checkpoints": len(chosen),
             "projection": dict(self._header.projection),
+            "damping_rule": self._damping.fingerprint(),
         }
-        return Attribution(scores=scores, weights=scores.weights, outputs=outputs, info=info, members=members)
+        return stored_attribution(
+            self._store,
+            chosen,
+            exp_name,
+            preconditioners,
+            device=self._setting.device,
+            progress=None,
+            info=info,
+        )
 
     def _begin(self, model_id: int, state: Any, *, experiment: str | None) -> None:
         self._end()

@@ -98,7 +98,12 @@ def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | 
         if not is_verified and not rows.is_complete:
             setting, is_verified = verify(setting, state, first_batch(train)), True
         featurize(
-            setting, state, model_id, train, rows, label=f"Featurizing, checkpoint {index + 1} of {len(sources)}"
+            setting,
+            state,
+            model_id,
+            train,
+            rows,
+            label=f"Featurizing, checkpoint {index + 1} of {len(sources)}",
         )
     return Run(options, setting, train, store, tuple(sources), tuple(model_ids), is_verified)
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trak._version import __version__
 from trak.datasets import as_rows
 from trak.errors import InputError
 from trak.methods.base import Attributor, FittedAttributor
 from trak.methods.runs import Run, RunOptions, featurize_targets, start_run
-from trak.pipeline import fit, score
+from trak.pipeline import fit, score, self_influence
 from trak.precondition import Damping, Preconditioner, resolve_damping
-from trak.progress import bar
 from trak.results import Attribution
+from trak.store import Store
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,41 +66,16 @@ class FittedTRAK(FittedAttributor):
         run = self.run
         target_rows = as_rows(targets, batch_size=run.options.batch_size, what="targets")
         experiment = featurize_targets(run, target_rows)
-        device = run.setting.device
-        scores = score(
-            run.store, run.model_ids, experiment, self.preconditioners, device=device, progress=run.setting.progress
-        )
-        weights = [run.store.rows(model_id).weights() for model_id in run.model_ids]
-        outputs = torch.stack(
-            [run.store.rows(model_id, experiment).outputs() for model_id in run.model_ids]
-        ).mean(0)
-        return Attribution(
-            scores=scores,
-            weights=scores.weights,
-            outputs=outputs,
+        attribution = stored_attribution(
+            run.store,
+            run.model_ids,
+            experiment,
+            self.preconditioners,
+            device=run.setting.device,
+            progress=run.setting.progress,
             info=self._info(target_rows.num_rows),
-            members=tuple(scores.member(index, weight) for index, weight in enumerate(weights)),
-            train_rows=run.train,
-            target_rows=target_rows,
-            _self_influence=self.self_influence,
         )
-
-    def self_influence(self) -> Tensor:
-        """τ(z_i)_i = [1/M Σ_m φ_m(z_i)ᵀ(Φ_mᵀΦ_m + λ_m I)⁻¹φ_m(z_i)] · q̄_i, [N] float64."""
-        run = self.run
-        total_N = torch.zeros(run.store.header.num_rows, dtype=torch.float64)
-        weights_N = torch.zeros_like(total_N)
-        with bar(len(total_N) * len(run.model_ids), "Self-influence", enabled=run.setting.progress) as shown:
-            for model_id, preconditioner in zip(run.model_ids, self.preconditioners):
-                rows = run.store.rows(model_id)
-                weights_N += rows.weights().double()
-                for block in rows.blocks():
-                    stop = block.start + block.features.shape[0]
-                    total_N[block.start : stop] += preconditioner.leverage(
-                        block.features.to(run.setting.device)
-                    ).cpu()
-                    shown.update(stop - block.start)
-        return total_N * weights_N / len(run.model_ids) ** 2
+        return replace(attribution, train_rows=run.train, target_rows=target_rows)
 
     def _info(self, num_targets: int) -> dict[str, Any]:
         header = self.run.store.header
@@ -130,6 +104,34 @@ class FittedTRAK(FittedAttributor):
             "feature_dtype": header.feature_dtype,
             "device": str(self.run.setting.device),
         }
+
+
+def stored_attribution(
+    store: Store,
+    model_ids: Sequence[int],
+    experiment: str,
+    preconditioners: Sequence[Preconditioner],
+    *,
+    device: torch.device,
+    progress: bool | None,
+    info: Mapping[str, Any],
+) -> Attribution:
+    """TRAK's attribution from a store that holds training features and an experiment's targets at every checkpoint.
+
+    Raises:
+        MissingRowsError: some rows are not there.
+    """
+    scores = score(store, model_ids, experiment, preconditioners, device=device, progress=progress)
+    weights = [store.rows(model_id).weights() for model_id in model_ids]
+    outputs = [store.rows(model_id, experiment).outputs() for model_id in model_ids]
+    return Attribution(
+        scores=scores,
+        weights=scores.weights,
+        outputs=torch.stack(outputs).mean(0),
+        info=info,
+        members=tuple(scores.member(index, weight) for index, weight in enumerate(weights)),
+        _self_influence=lambda: self_influence(store, model_ids, preconditioners, progress=progress),
+    )
 
 
 def column_groups(run: Run, preconditioner: str) -> tuple[tuple[int, int], ...]:

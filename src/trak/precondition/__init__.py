@@ -1,8 +1,9 @@
 """Gram matrix, damping, solve."""
 
 from trak.precondition.automatic import AutomaticDamping
-from trak.precondition.damping import Damping, FixedDamping, RelativeDamping, resolve_damping
+from trak.precondition.damping import Damping, FixedDamping, RelativeDamping
 from trak.precondition.gram import Moments, accumulate_moments
+from trak.precondition.resolve import resolve_damping
 from trak.precondition.solve import Preconditioner, fit_preconditioner
 
 __all__ = [

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trak.errors import InputError
@@ -69,35 +68,6 @@ class RelativeDamping(Damping):
     def fingerprint(self) -> dict[str, Any]:
         """The rule, as JSON values."""
         return {"rule": "relative", "ratio": float(self.ratio)}
-
-
-def resolve_damping(damping: float | str | Damping) -> Damping:
-    """A rule from a number, "auto", or a rule.
-
-    Raises:
-        InputError: a negative or non-finite number, or an unknown word.
-    """
-    from trak.precondition.automatic import AutomaticDamping
-
-    if isinstance(damping, Damping):
-        return damping
-    if isinstance(damping, str):
-        if damping == "auto":
-            return AutomaticDamping()
-        raise InputError(
-            f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {damping!r}'
-        )
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise InputError(
-            f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {type(damping).__name__}'
-        )
-    return FixedDamping(float(damping))
-
-
-def eigenvalues_and_vectors(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues, clipped at 0, and eigenvectors of a symmetric matrix: one call makes a sweep over λ free."""
-    values, vectors = torch.linalg.eigh(gram)
-    return values.clamp_min(0), vectors
 
 
 def _check(number: float, name: str) -> None:

@@ -1,0 +1,28 @@
+"""From what users pass as damping to a rule."""
+
+from __future__ import annotations
+
+from trak.errors import InputError
+from trak.precondition.automatic import AutomaticDamping
+from trak.precondition.damping import Damping, FixedDamping
+
+
+def resolve_damping(damping: float | str | Damping) -> Damping:
+    """A rule from a number, "auto", or a rule.
+
+    Raises:
+        InputError: a negative or non-finite number, or an unknown word.
+    """
+    if isinstance(damping, Damping):
+        return damping
+    if isinstance(damping, str):
+        if damping == "auto":
+            return AutomaticDamping()
+        raise InputError(
+            f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {damping!r}'
+        )
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)):
+        raise InputError(
+            f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {type(damping).__name__}'
+        )
+    return FixedDamping(float(damping))
