@@ -20,6 +20,8 @@ from trak.errors import InputError
 from trak.progress import bar
 
 DEFAULT_BLOCK_ROWS = 4096
+BLOCK_SCORES = 1 << 22
+"""Scores in one block at the most (but for the smallest blocks): 16 MiB in float32, however many targets there are."""
 
 
 class FeatureRows(Protocol):
@@ -98,8 +100,14 @@ class Scores(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_train={self.num_train}, num_targets={self.num_targets})"
 
-    def blocks(self, block_rows: int = DEFAULT_BLOCK_ROWS) -> Iterator[tuple[int, Tensor]]:
-        """(first row, scores [R, T]) in row order; a progress bar where it takes more than two seconds."""
+    def blocks(self, block_rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, scores [R, T]) in row order; a progress bar where it takes more than two seconds.
+
+        Args:
+            block_rows: R; by default 4,096, and fewer where there are many targets.
+        """
+        if block_rows is None:
+            block_rows = min(DEFAULT_BLOCK_ROWS, max(64, BLOCK_SCORES // max(1, self.num_targets)))
         with bar(self.num_train, "Scores", enabled=getattr(self, "progress", None), delay=2.0) as shown:
             for start in range(0, self.num_train, block_rows):
                 stop = min(start + block_rows, self.num_train)
@@ -143,7 +151,7 @@ class Scores(ABC):
         """sign(τ) · max(|τ| − threshold, 0), with one threshold or one for each target [T] (Park et al. 2023, appendix A.2)."""
         return ThresholdedScores(self, _check_threshold(threshold, self.num_targets))
 
-    def save(self, path: str | Path, *, block_rows: int = DEFAULT_BLOCK_ROWS) -> Path:
+    def save(self, path: str | Path, *, block_rows: int | None = None) -> Path:
         """Write the matrix to a NumPy `.npy` file, block by block; readable with `numpy.load(path, mmap_mode="r")`.
 
         Written under a temporary name and renamed, so a file that exists is complete.
@@ -285,8 +293,8 @@ class ThresholdedScores(Scores):
 def extreme_rows(scores: Scores, k: int, *, largest: bool) -> Ranking:
     """The k rows with the largest (or smallest) scores of each target; equal scores in row order.
 
-    One pass over row blocks that keeps k candidates per target: a stable sort of the candidates (whose rows come first) and the
-    block gives the same answer for every block size.
+    One pass over row blocks that keeps k candidates per target: a stable sort of the candidates (whose rows come first) and those of
+    the block gives the same answer for every block size.
 
     Raises:
         InputError: k below 1.
@@ -296,12 +304,27 @@ def extreme_rows(scores: Scores, k: int, *, largest: bool) -> Ranking:
     best_Tk: Tensor | None = None
     rows_Tk = torch.empty(scores.num_targets, 0, dtype=torch.int64)
     for start, block_RT in scores.blocks():
-        block_rows = torch.arange(start, start + block_RT.shape[0]).expand(scores.num_targets, -1)
-        values = block_RT.T if best_Tk is None else torch.cat([best_Tk, block_RT.T], dim=1)
-        rows = torch.cat([rows_Tk, block_rows], dim=1)
+        values, rows = _extremes_of_block(block_RT.T, k, largest=largest)
+        if best_Tk is not None:
+            values, rows = torch.cat([best_Tk, values], dim=1), torch.cat([rows_Tk, rows + start], dim=1)
+        else:
+            rows = rows + start
         ordered, order = values.sort(dim=1, descending=largest, stable=True)
         best_Tk, rows_Tk = ordered[:, :k].contiguous(), rows.gather(1, order[:, :k])
     return Ranking(rows_Tk, torch.empty(scores.num_targets, 0) if best_Tk is None else best_Tk)
+
+
+def _extremes_of_block(values_TR: Tensor, k: int, *, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k extreme values of each target and their positions, by position; equal values at the edge go to the first positions."""
+    k = min(k, values_TR.shape[1])
+    best_Tk, where_Tk = values_TR.topk(k, dim=1, largest=largest, sorted=False)
+    edge_T1 = best_Tk.amin(1, keepdim=True) if largest else best_Tk.amax(1, keepdim=True)
+    at_least_TR = values_TR >= edge_T1 if largest else values_TR <= edge_T1
+    if bool((at_least_TR.sum(1) > k).any()):
+        # More values equal the edge than there is room for: topk takes any of them.
+        where_Tk = values_TR.sort(dim=1, descending=largest, stable=True).indices[:, :k]
+    where_Tk = where_Tk.sort(dim=1).values
+    return values_TR.gather(1, where_Tk), where_Tk
 
 
 def available_memory() -> int | None:

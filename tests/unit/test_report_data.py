@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trak.errors import InputError
@@ -60,6 +60,7 @@ def test_a_curve_is_read_between_its_points():
     assert found == pytest.approx([0.0, 0.1, 0.4, 0.5, 0.6])
 
 
+@example([5e-324], 3)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.integers(1, 30))
 def test_histogram_counts_every_score_around_zero(scores, bins):
     section = ScoresSection.from_scores(scores, bins=bins)

@@ -158,7 +158,8 @@ class ScoresSection:
         cls, blocks: Iterable[Any], *, limit: float, bins: int = 81, lead: str = ""
     ) -> ScoresSection:
         """As `from_scores`, for scores that come block by block, with their largest magnitude known before."""
-        limit = limit or 1.0
+        # Bins of a range near the smallest float would have no width.
+        limit = limit if limit > 1e-290 else 1.0
         counts, seen = np.zeros(bins, dtype=np.int64), 0
         for block in blocks:
             values = np.asarray(block, dtype=np.float64).ravel()
