@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
@@ -64,6 +65,10 @@ class TensorRows(RowSource):
         """N."""
         return batches.batch_size(self.data)
 
+    def sample_hash(self, num_rows: int = 16) -> str | None:
+        """A digest of all rows: they are at hand."""
+        return content_hash([self.data])
+
     def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
         """Slices of the tensors (views)."""
         for start, stop in _cut(ranges, self.num_rows, self.batch_size):
@@ -109,6 +114,7 @@ class IterableRows(RowSource):
 
     iterable: Iterable[Any]
     count: int
+    digest: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -139,8 +145,8 @@ class IterableRows(RowSource):
         raise IndexError(row)
 
     def sample_hash(self, num_rows: int = 16) -> str | None:
-        """None: reading single rows would mean reading everything."""
-        return None
+        """What was found when the rows were counted: reading single ones would mean reading everything again."""
+        return self.digest
 
 
 def as_rows(data: Any, *, batch_size: int | None = None, what: str = "train_set") -> RowSource:
@@ -183,13 +189,29 @@ def as_rows(data: Any, *, batch_size: int | None = None, what: str = "train_set"
 
 
 def content_hash(items: Iterable[Any]) -> str:
-    """SHA-256 over the structure, dtypes, shapes and bytes of batches."""
+    """SHA-256 over the structure, dtypes, shapes and bytes of batches, and the values of plain leaves that are no tensors."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(batches.describe(item).encode())
-        for tensor in batches.flatten(item)[0]:
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        leaves, _ = batches.flatten(item)
+        # What is no tensor (text, numbers) counts too, by its value; tensors show as their descriptions.
+        digest.update(_outline(item).encode())
+        for tensor in leaves:
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def _outline(item: Any) -> str:
+    """`batches.describe`, with the values of text, numbers and arrays in place of their types."""
+    if isinstance(item, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_outline(value)}" for key, value in item.items()) + "}"
+    if isinstance(item, (tuple, list)):
+        inner = ", ".join(map(_outline, item))
+        return f"({inner})" if isinstance(item, tuple) else f"[{inner}]"
+    if isinstance(item, (str, bytes, bool, int, float, complex, np.generic)):
+        return repr(item)
+    if isinstance(item, np.ndarray):
+        return f"array {item.dtype} {item.shape} {item.tolist()!r}"
+    return batches.describe(item)
 
 
 def _loader_rows(loader: DataLoader[Any], batch_size: int | None, what: str) -> RowSource:
@@ -218,7 +240,11 @@ def _iterable_rows(data: Iterable[Any], what: str) -> RowSource:
             f"{what} is a generator, which can be read only once, and every checkpoint reads the data: pass a DataLoader, a dataset, "
             "or an object whose __iter__ starts anew"
         )
-    return IterableRows(data, sum(batches.batch_size(batch) for batch in data))
+    count, digests = 0, []
+    for batch in data:
+        count += batches.batch_size(batch)
+        digests.append(content_hash([batch]))
+    return IterableRows(data, count, hashlib.sha256("".join(digests).encode()).hexdigest())
 
 
 def _is_tensor_batch(data: Any) -> bool:
@@ -236,8 +262,19 @@ def _is_tensor_batch(data: Any) -> bool:
 
 
 def _default_collate(examples: list[Any]) -> Any:
-    """Torch's default collation."""
-    return torch.utils.data.default_collate(examples)
+    """Torch's default collation.
+
+    Raises:
+        InputError: the examples do not fit together.
+    """
+    try:
+        return torch.utils.data.default_collate(examples)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"{len(examples)} examples, the first being {batches.describe(examples[0])}, cannot be put together into a batch: {error}. For data "
+            "as a whole pass a tuple of tensors, (torch.as_tensor(inputs), torch.as_tensor(labels)), instead of a list or arrays; for examples of "
+            "different sizes a DataLoader with a collate_fn"
+        ) from error
 
 
 def _checked(batch: Any, expected: int) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trak import batches
 from trak.datasets import RowSource
-from trak.errors import MissingRowsError, NonFiniteError
+from trak.errors import InputError, MissingRowsError, NonFiniteError
 from trak.gradients import Gradients, Outputs, check_first_batch, forward_outputs, select_gradients
 from trak.precondition import (
     Damping,
@@ -64,7 +64,8 @@ class Setting:
 def verify(setting: Setting, state: Mapping[str, Tensor], batch: Any) -> Setting:
     """The setting with gradients that passed the first-batch check (see `trak.gradients.check_first_batch`).
 
-    For every later batch and checkpoint use what this returns: automatic gradients that failed have fallen back in it.
+    For every later batch and checkpoint use what this returns: automatic gradients that failed have fallen back in it. A batch of one
+    example cannot show everything: automatic gradients that passed on it stay automatic, to be verified on a larger one.
 
     Raises:
         GradientError, MixedExamplesError, NonFiniteError: what the check found.
@@ -72,7 +73,45 @@ def verify(setting: Setting, state: Mapping[str, Tensor], batch: Any) -> Setting
     batch = prepare(setting, batch)
     names = list(setting.shapes)
     gradients = check_first_batch(setting.gradients, setting.model, state, setting.task, batch, names)
+    if batches.batch_size(batch) == 1 and gradients == select_gradients(
+        setting.gradients, setting.model, names
+    ):
+        return setting
     return replace(setting, gradients=gradients)
+
+
+def compare_stored(
+    setting: Setting, state: Mapping[str, Tensor], source: RowSource, rows: RowSet, *, where: str
+) -> None:
+    """That stored rows are what this run would compute: f of some of them, one forward pass, tells.
+
+    Examples that were changed, a task function that does something else under the same name and a model with other code have
+    the same fingerprint, and would silently get the features of what was there before.
+
+    Raises:
+        InputError: the stored model outputs are others.
+    """
+    stored = (~_inside(torch.arange(rows.num_rows), rows.missing())).nonzero().squeeze(1)
+    if not len(stored):
+        return
+    first = int(stored[0])
+    numbers_B, batch = next(iter(source.batches([(first, first + 1)])))
+    kept_B = torch.isin(numbers_B, stored)
+    numbers_B, batch = numbers_B[kept_B], prepare(setting, batches.take(batch, kept_B.nonzero().squeeze(1)))
+    again_B = forward_outputs(setting.model, state, setting.task, batch).f.cpu().double()
+    before_B = rows.outputs_of(numbers_B).double()
+    tolerance = 0.1 if _computes_in_half(setting, state) else 1e-2
+    error = float((again_B - before_B).abs().max())
+    if not error <= tolerance * max(1.0, float(before_B.abs().max())):
+        raise InputError(
+            f"{where}: the features there come from other examples, another task function or another model's code: model outputs of rows "
+            f"{int(numbers_B[0])} to {int(numbers_B[-1])} differ from those stored by up to {error:.3g}. Use another "
+            "save_dir"
+        )
+
+
+def _computes_in_half(setting: Setting, state: Mapping[str, Tensor]) -> bool:
+    return any(state[name].dtype in (torch.float16, torch.bfloat16) for name in setting.shapes)
 
 
 def prepare(setting: Setting, batch: Any) -> Any:

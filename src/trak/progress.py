@@ -22,7 +22,13 @@ class _Quiet:
 
 @contextmanager
 def bar(
-    total: int | None, description: str, *, unit: str = "rows", enabled: bool | None = None, initial: int = 0, delay: float = 0.0
+    total: int | None,
+    description: str,
+    *,
+    unit: str = "rows",
+    enabled: bool | None = None,
+    initial: int = 0,
+    delay: float = 0.0,
 ) -> Iterator[Bar]:
     """A bar over `total` units.
 

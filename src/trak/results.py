@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -187,7 +188,7 @@ class Attribution:
             StoreError: the folder holds something else.
         """
         folder = Path(path)
-        _refuse_foreign_folder(folder)
+        check_save_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # attribution.json is written last and removed first: a folder that has it is whole.
         (folder / "attribution.json").unlink(missing_ok=True)
@@ -222,7 +223,8 @@ class Attribution:
             targets: the targets, if reports shall show them.
 
         Raises:
-            StoreError: no attribution there, or one of a newer format.
+            StoreError: no attribution there, a damaged one, or one of a newer format.
+            InputError: another number of training examples or targets than it was made with.
         """
         folder = Path(path)
         meta_path = folder / "attribution.json"
@@ -233,25 +235,40 @@ class Attribution:
                 else "save one with Attribution.save(path)"
             )
             raise StoreError(f"{folder} holds no saved attribution (no attribution.json): {hint}")
-        meta = json.loads(meta_path.read_text())
+        try:
+            meta = json.loads(meta_path.read_text())
+        except ValueError as error:
+            raise _damaged(meta_path, error) from error
+        if not isinstance(meta, dict):
+            raise _damaged(meta_path, "no JSON object")
         if meta.get("format") != _FORMAT or meta.get("version", 0) > _VERSION:
             raise StoreError(
                 f"{meta_path} has format {meta.get('format')!r} version {meta.get('version')!r}; "
                 f"this version reads {_FORMAT!r} up to {_VERSION}: update trak"
             )
-        values = np.load(folder / "scores.npy", mmap_mode="r")
+        values = _read(folder / "scores.npy", lambda path: np.load(path, mmap_mode="r"))
         if values.shape != (meta["num_train"], meta["num_targets"]):
             raise StoreError(
                 f"{folder}/scores.npy has shape {list(values.shape)}; attribution.json says [{meta['num_train']}, {meta['num_targets']}]"
             )
-        tensors = load_file(str(folder / "vectors.safetensors"))
+        tensors = _read(folder / "vectors.safetensors", lambda path: load_file(str(path)))
+        train_rows = None if train_set is None else as_rows(train_set, what="train_set")
+        target_rows = None if targets is None else as_rows(targets, what="targets")
+        for what, rows, expected in (
+            ("train_set", train_rows, meta["num_train"]),
+            ("targets", target_rows, meta["num_targets"]),
+        ):
+            if rows is not None and rows.num_rows != expected:
+                raise InputError(
+                    f"{what} has {rows.num_rows} rows, but the attribution in {folder} was made with {expected}; give the same data"
+                )
         return cls(
             scores=ArrayScores(values),
             weights=tensors.get("weights"),
             outputs=tensors.get("outputs"),
             info=meta["info"],
-            train_rows=None if train_set is None else as_rows(train_set, what="train_set"),
-            target_rows=None if targets is None else as_rows(targets, what="targets"),
+            train_rows=train_rows,
+            target_rows=target_rows,
             _self_influence=tensors.get("self_influence"),
         )
 
@@ -293,10 +310,28 @@ class Attribution:
 
 
 def _cells(rows: Tensor, scores: Tensor) -> str:
-    return ", ".join(f"{int(row)} ({float(score):+.3g})" for row, score in zip(rows, scores))
+    return ", ".join(f"{int(row)}&nbsp;({float(score):+.3g})" for row, score in zip(rows, scores))
 
 
-def _refuse_foreign_folder(folder: Path) -> None:
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: object) -> StoreError:
+    return StoreError(
+        f"{path} is damaged or missing: {error}. Save the attribution again; with features in a save_dir that is quick"
+    )
+
+
+def check_save_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything but a saved attribution.
+
+    Raises:
+        StoreError: it holds something else, or is a file.
+    """
     if folder.is_file():
         raise StoreError(f"{folder} is a file; an attribution is saved to a folder")
     known = {"attribution.json", "scores.npy", "vectors.safetensors"}

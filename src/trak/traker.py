@@ -145,7 +145,7 @@ class TRAKer:
         self._store = open_store(save_dir, self._header, shard_rows=DEFAULT_SHARD_ROWS)
         self._model_ids: list[int] = list(self._store.checkpoints()) if load_from_save_dir else []
         self._session: _Session | None = None
-        self._is_verified = False
+        self._verified_size = 0
 
     @property
     def model_ids(self) -> tuple[int, ...]:
@@ -350,8 +350,10 @@ class TRAKer:
     def _add(self, session: _Session, batch: Any, inds: Any, num_samples: int | None, *, what: str) -> None:
         size = batches.batch_size(batch)
         rows_B = _row_numbers(session, size, inds, num_samples, what)
-        if not self._is_verified:
-            self._setting, self._is_verified = verify(self._setting, session.projector.state, batch), True
+        # A batch of one example cannot show whether examples are mixed.
+        if self._verified_size < min(size, 2):
+            self._setting = verify(self._setting, session.projector.state, batch)
+            self._verified_size = size
             session.projector = Projector(self._setting, session.projector.state, session.model_id)
         batch = prepare(self._setting, batch)
         stored_B = session.writer.has(rows_B)
@@ -443,7 +445,10 @@ def _row_numbers(session: _Session, size: int, inds: Any, num_samples: int | Non
             f"give exactly one of inds (the {what}s of this batch) and num_samples (the next ones in order)"
         )
     if inds is not None:
-        rows = torch.as_tensor(np.asarray(inds)).reshape(-1).long()
+        given = torch.as_tensor(np.asarray(inds)).reshape(-1)
+        if given.is_floating_point() or given.dtype == torch.bool:
+            raise InputError(f"inds must be whole numbers, the {what}s of this batch; got {given.dtype}")
+        rows = given.long()
         if len(rows) != size:
             raise InputError(f"inds has {len(rows)} entries and the batch {size} examples")
     else:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import trak
 
@@ -411,7 +412,7 @@ def test_gradients_that_fail_their_check_fall_back_everywhere(face, caplog):
         scores = torch.tensor(run_traker(model, train, targets, checkpoints, **options), dtype=torch.float64)
     assert "slower and used instead" in caplog.text
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(trak.GradientError, match="first.weight"):
+    with pytest.raises(trak.GradientError, match=r"first\.weight"):
         trak.attribute(
             model,
             train,
@@ -425,7 +426,11 @@ def test_gradients_that_fail_their_check_fall_back_everywhere(face, caplog):
 
 def test_progress_is_silent_where_nobody_watches_and_shown_on_request(capsys):
     model, train, targets, checkpoints = make()
-    options = {"task": "image_classification", "checkpoints": checkpoints[:1], "projection": trak.Sparse(dim=8)}
+    options = {
+        "task": "image_classification",
+        "checkpoints": checkpoints[:1],
+        "projection": trak.Sparse(dim=8),
+    }
     trak.attribute(model, train, targets, **options)
     assert capsys.readouterr() == ("", "")
     trak.attribute(model, train, targets, progress=True, **options)
@@ -459,3 +464,137 @@ def test_hugging_face_text_classifier():
 
     # Padding differs between batches and must have no effect.
     torch.testing.assert_close(scores(4), scores(20), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["task", "model"])
+def test_other_code_under_the_same_name_in_the_same_save_dir_is_refused(change, tmp_path):
+    model, train, targets, checkpoints = make()
+    options = {"checkpoints": checkpoints, "save_dir": tmp_path, "projection": trak.Identity()}
+
+    def logit(column):
+        return lambda model, batch: model(batch[0])[:, column]
+
+    trak.attribute(model, train, targets, task=logit(0), **options)
+    trak.attribute(model, train, targets, task=logit(0), **options)
+    if change == "model":
+        model.norm.eps = 0.5
+    with pytest.raises(trak.InputError, match=r"features there come from other.*another save_dir"):
+        trak.attribute(model, train, targets, task=logit(1 if change == "task" else 0), **options)
+
+
+def test_one_corrected_label_in_the_same_save_dir_is_noticed(tmp_path):
+    model, train, targets, checkpoints = make()
+    options = {"task": "image_classification", "checkpoints": checkpoints, "save_dir": tmp_path}
+    trak.attribute(model, train, targets, **options)
+    train[1][2] = (train[1][2] + 1) % 3
+    with pytest.raises(trak.FingerprintError, match="train_sample"):
+        trak.attribute(model, train, targets, **options)
+
+
+def test_targets_with_other_values_beside_their_tensors_are_others(tmp_path):
+    model, train, targets, checkpoints = make()
+    task = trak.CustomTask(lambda model, batch: model(batch["x"])[:, batch["column"]], name="column")
+    scores = [
+        trak.attribute(
+            model,
+            {"x": train[0], "column": 0},
+            {"x": targets[0], "column": column},
+            task=task,
+            checkpoints=checkpoints,
+            save_dir=tmp_path,
+        ).scores.tensor()
+        for column in (0, 1)
+    ]
+    assert not torch.allclose(scores[0], scores[1])
+
+
+def test_a_checkpoint_that_changes_after_fit_is_refused():
+    model, train, targets, _ = make()
+    fitted = trak.TRAK(model=model, task="image_classification").fit(train)
+    fitted.attribute(targets)
+    with torch.no_grad():
+        model.first.weight += 0.1
+    with pytest.raises(trak.CheckpointError, match=r"has changed since the training set was featurized"):
+        fitted.attribute((targets[0] + 1, targets[1]))
+
+
+class Codebook(nn.Module):
+    """Applies a layer to 8 rows that belong to no example: as many as are looked at when gradients are checked."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.linspace(-1, 1, 32).reshape(8, 4))
+        self.embed, self.head = nn.Linear(4, 5), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(x @ self.embed(self.codes).T))
+
+
+@pytest.mark.parametrize("face", ["attribute", "traker"])
+def test_a_first_batch_of_one_example_settles_nothing(face):
+    _, train, targets, _ = make()
+    train, targets = tuple(t[:20] for t in train), (torch.cat([targets[0]] * 2)[:8], torch.arange(8) % 3)
+    torch.manual_seed(0)
+    model = Codebook().double()
+    projection = trak.Identity()
+    P = [torch.eye(sum(p.numel() for p in model.parameters()), dtype=torch.float64)]
+    expected = dense_trak(Codebook().double(), train, targets, [model.state_dict()], P, [0.5])
+    if face == "attribute":
+        loaders = [DataLoader(TensorDataset(*data), batch_size=b) for data, b in ((train, 1), (targets, 8))]
+        scores = trak.attribute(
+            model, *loaders, task="image_classification", projection=projection, damping=0.5
+        ).scores.tensor()
+    else:
+        traker = trak.TRAKer(
+            model,
+            "image_classification",
+            20,
+            None,
+            projector=projection,
+            lambda_reg=trak.FixedDamping(0.5),
+        )
+        traker.load_checkpoint(model.state_dict(), 0)
+        for rows in (slice(0, 1), slice(1, 9), slice(9, 20)):
+            batch = [t[rows] for t in train]
+            traker.featurize(batch, num_samples=len(batch[0]))
+        traker.finalize_features()
+        traker.start_scoring_checkpoint("t", model.state_dict(), 0, 8)
+        traker.score(targets, num_samples=8)
+        scores = torch.as_tensor(np.array(traker.finalize_scores("t"))).double()
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_examples_that_only_larger_batches_of_targets_mix_are_refused():
+    _, train, targets, _ = make()
+    model = Net().double()
+
+    def centred(model, batch):
+        return model(batch[0] - batch[0].mean(0))[:, 0]
+
+    with pytest.raises(trak.MixedExamplesError):
+        trak.attribute(model, DataLoader(TensorDataset(*train), batch_size=1), targets, task=centred)
+
+
+def test_embeddings_with_a_maximal_norm_come_back_as_they_were():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.1), nn.Flatten(), nn.Linear(12, 3))
+    before = model[0].weight.detach().clone()
+    data = torch.randint(9, (10, 3)), torch.randint(3, (10,))
+    trak.attribute(model, data, data, task="image_classification", gradients="reference")
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_number_taken_by_another_process_meanwhile_is_not_asked_for_again(tmp_path, monkeypatch):
+    model, train, targets, checkpoints = make()
+    options = {"task": "image_classification", "save_dir": tmp_path, "damping": 0.1}
+    for checkpoint in checkpoints[:2]:
+        trak.attribute(model, train, targets, checkpoints=[checkpoint], **options)
+    listed, calls = trak.store.Store.checkpoints, []
+
+    def outdated(store):
+        calls.append(store)
+        return listed(store)[:1] if len(calls) == 1 else listed(store)
+
+    monkeypatch.setattr(trak.store.Store, "checkpoints", outdated)
+    trak.attribute(model, train, targets, checkpoints=checkpoints[2:], **options)
+    assert len(calls) > 1 and listed(calls[0]) == [0, 1, 2]

@@ -418,3 +418,12 @@ def test_the_model_is_not_changed(tmp_path):
     featurize_and_score(TRAKer(model, "image_classification", N, save_dir=tmp_path), train, val, checkpoints)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert model.training
+
+
+@pytest.mark.parametrize("inds", [[0.5, 1.0], [True, False]])
+def test_inds_that_are_no_row_numbers(inds):
+    model = Net()
+    traker = trak.TRAKer(model, "image_classification", 2, None)
+    traker.load_checkpoint(model.state_dict())
+    with pytest.raises(trak.InputError, match="inds must be whole numbers"):
+        traker.featurize((torch.zeros(2, 4), torch.zeros(2).long()), inds=inds)

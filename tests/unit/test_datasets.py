@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from trak.datasets import as_rows
+from trak.datasets import as_rows, content_hash
 from trak.errors import InputError
 
 X, Y = torch.arange(10.0)[:, None], torch.arange(10)
@@ -129,3 +130,35 @@ def test_collate_that_drops_examples_is_caught():
     )
     with pytest.raises(InputError, match="exactly one row"):
         list(as_rows(loader).batches())
+
+
+def test_every_row_of_tensors_and_iterables_counts():
+    other = Y.clone()
+    other[1] = 7
+    assert as_rows((X, Y)).sample_hash() != as_rows((X, other)).sample_hash()
+    many = torch.arange(1000.0)
+    changed = many.clone()
+    changed[1] = 0.5
+    assert as_rows(many).sample_hash() != as_rows(changed).sample_hash()
+
+    class Other(Restarting):
+        def __iter__(self):
+            return ((x, y + 1) for x, y in super().__iter__())
+
+    assert as_rows(Restarting()).sample_hash() == as_rows(Restarting()).sample_hash()
+    assert as_rows(Restarting()).sample_hash() != as_rows(Other()).sample_hash()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("a", "b"), (1, 2), (0.5, 0.25), (True, False), ([1, 2], [2, 1]), (np.arange(3), np.arange(3) + 1)],
+)
+def test_content_hash_sees_what_is_no_tensor(one, other):
+    assert content_hash([{"x": X, "more": one}]) == content_hash([{"x": X.clone(), "more": one}])
+    assert content_hash([{"x": X, "more": one}]) != content_hash([{"x": X, "more": other}])
+
+
+@pytest.mark.parametrize("data", [[torch.zeros(9, 2), torch.zeros(9)], (np.zeros((9, 2)), np.zeros(9))])
+def test_a_list_or_arrays_in_place_of_a_tuple_of_tensors(data):
+    with pytest.raises(InputError, match="pass a tuple of tensors"):
+        list(as_rows(data).batches())

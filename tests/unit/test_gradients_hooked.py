@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import trak
 from trak.errors import GradientError, UnsupportedLayerError
-from trak.gradients import Functional, Hooked, Reference
+from trak.gradients import Functional, Hooked, Reference, check_first_batch, model_state
 from trak.testing.gradients import collect
 from trak.testing.models import AlwaysDropout, Attention, OverwrittenInput, TiedLanguageModel
 
@@ -255,3 +256,51 @@ def test_functional_says_what_vmap_could_not_do():
 def test_sparse_embeddings_are_hooked_as_others_are():
     model, batch = nn.Embedding(7, 4, sparse=True).double(), (torch.randint(7, (3, 5)),)
     torch.testing.assert_close(collect(Hooked(), model, batch)[1], collect(Reference(), model, batch)[1])
+
+
+def test_a_tasks_complaint_about_expanded_inputs_is_no_last_word():
+    # Indices computed in the forward pass look like positions that serve all examples.
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(self.table(x[:, 0] + 1))
+
+    model = Computed().double()
+    batch = (torch.randint(8, (5, 2)), torch.randint(3, (5,)))
+    names = [name for name, _ in model.named_parameters()]
+    state = model_state(model, None, "cpu")
+    chosen = check_first_batch(trak.Auto(), model, state, trak.ImageClassification(), batch, names)
+    assert isinstance(chosen, Functional)
+
+
+def test_activation_checkpointing_of_the_first_layer_says_so():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(checkpoint(lambda x: self.first(x).tanh(), x, use_reentrant=False))
+
+    with pytest.raises(GradientError, match="activation checkpointing"):
+        collect(Hooked(), Checkpointed(), (torch.randn(2, 3),))
+
+
+def test_autocast_inside_the_model():
+    class Autocast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.last(self.first(x).tanh()).float()
+
+    model, batch = Autocast(), (torch.randn(4, 3),)
+    got, wanted = collect(Hooked(), model, batch)[1], collect(Reference(), model, batch)[1]
+    torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)

@@ -183,3 +183,15 @@ def test_models_without_values_need_a_complete_checkpoint():
     assert same(model_state(model, trained.state_dict(), "cpu"), model_state(trained, None, "cpu"))
     with pytest.raises(CheckpointError, match="meta device"):
         model_state(model, None, "cpu")
+
+
+def test_weights_that_the_forward_pass_rescales_are_copied():
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.1), nn.Linear(3, 2))
+    state = model_state(model, None, "cpu")
+    assert state["0.weight"].data_ptr() != model[0].weight.data_ptr()
+    assert state["1.weight"].data_ptr() == model[1].weight.data_ptr()
+
+
+def test_lazy_modules_are_refused():
+    with pytest.raises(ParameterError, match=r"no shape yet, first '0.weight'"):
+        select_parameters(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))

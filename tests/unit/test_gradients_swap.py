@@ -1,5 +1,8 @@
 """Lending a checkpoint to a module, and getting the module back."""
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -130,3 +133,23 @@ def test_scripted_modules_are_refused():
 
     with pytest.raises(GradientError, match="TorchScript"), lend(Scripted(), {}):
         pass
+
+
+def test_threads_take_turns():
+    model = nn.Linear(2, 1)
+    own, seen = model.weight, []
+
+    def work(value):
+        for _ in range(20):
+            with lend(model, {"weight": torch.full((1, 2), value), "bias": torch.zeros(1)}):
+                seen.append((model(torch.ones(1, 2)).item(), 2 * value))
+                time.sleep(1e-4)
+                seen.append((model(torch.ones(1, 2)).item(), 2 * value))
+
+    threads = [threading.Thread(target=work, args=(float(value),)) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 160 and all(got == wanted for got, wanted in seen)
+    assert model.weight is own

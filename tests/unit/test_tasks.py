@@ -159,3 +159,22 @@ def test_no_task(task, match):
 def test_wrong_batches_are_explained(batch, match):
     with pytest.raises(trak.InputError, match=match):
         trak.ImageClassification().output(Echo(), batch)
+
+
+@pytest.mark.parametrize("logits", [torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, 1)])
+@pytest.mark.parametrize("label", [-100, -1, 4])
+def test_labels_that_do_not_exist_are_refused(logits, label):
+    labels = torch.tensor([0, label, 1])
+    task, classes = trak.ImageClassification(), 4 if logits.shape[1:] == (4,) else 2
+    with pytest.raises(trak.InputError, match=rf"labels 0 to {classes - 1} .*; got {label} at position 1"):
+        task.output(Echo(), (logits, labels))
+    one = torch.func.vmap(lambda z, y: task.output(Echo(), (z[None], y[None]))[0])(logits, labels)
+    assert one.isnan().tolist() == [False, True, False]
+
+
+def test_models_that_squeeze_the_dimension_of_a_batch_of_one():
+    scalar = torch.tensor([0.7]).squeeze()
+    f, q = trak.Regression().output_and_weight(Echo(), (scalar, torch.tensor([1.0])))
+    torch.testing.assert_close((f, q), (torch.tensor([0.7]), torch.tensor([0.3])))
+    f = trak.ImageClassification().output(Echo(), (scalar, torch.tensor([0])))
+    torch.testing.assert_close(f, torch.tensor([-0.7]))

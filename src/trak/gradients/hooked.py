@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from trak.batches import batch_size, flatten
-from trak.errors import GradientError, TrakError, UnsupportedLayerError
+from trak.errors import GradientError, InputError, TrakError, UnsupportedLayerError
 from trak.gradients.base import Consume, Gradients, Outputs, forward, random_state_kept
 from trak.gradients.layers import RULES, LayerCall, LayerRule
-from trak.gradients.swap import lend
+from trak.gradients.swap import LENDING, lend
 from trak.tasks.base import Task
 
 
@@ -50,7 +51,8 @@ class Hooked(Gradients):
 
     def covers(self, model: nn.Module, names: Sequence[str]) -> list[str]:
         """Those of `names` that no rule covers: an empty list says that the model can be hooked."""
-        return list(self._uncovered(model, names))
+        with LENDING:
+            return list(self._uncovered(model, names))
 
     def compute(
         self,
@@ -78,11 +80,18 @@ class Hooked(Gradients):
             with watch.on(plan):
                 f, q = watch.forward(task, model, batch)
             if f.requires_grad:
-                torch.autograd.grad(f.sum(), watch.anchor, allow_unused=True)
+                try:
+                    torch.autograd.grad(f.sum(), watch.anchor, allow_unused=True)
+                except CheckpointError as error:
+                    raise GradientError(
+                        "activation checkpointing (torch.utils.checkpoint) computes layers again without their "
+                        "hooks. Switch it off, or use gradients=trak.gradients.Reference()"
+                    ) from error
         return Outputs(f.detach(), q)
 
     def _plan(self, model: nn.Module, names: Sequence[str]) -> list[_Layer]:
-        uncovered = self._uncovered(model, names)
+        with LENDING:
+            uncovered, layers = self._uncovered(model, names), list(self._layers(model, names))
         if uncovered:
             name, module = next(iter(uncovered.items()))
             more = f" (and {len(uncovered) - 1} more)" if len(uncovered) > 1 else ""
@@ -91,7 +100,7 @@ class Hooked(Gradients):
                 "gradients=trak.gradients.Functional(), which takes any layer; or leave the parameter out "
                 "with parameters=...; or write a rule and pass Hooked(rules=(MyRule(), *RULES))"
             )
-        return list(self._layers(model, names))
+        return layers
 
     def _uncovered(self, model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
         """Canonical names of parameters that some module holds and no rule covers, with that module."""
@@ -165,10 +174,9 @@ class _Watch:
         """The task's f and q. Errors that an expanded input may have caused say so."""
         try:
             return forward(task, model, batch, self.size)
-        except TrakError:
-            raise
         except Exception as error:
-            if not self.expanded:
+            # Not even a task's complaint about shapes is the user's fault where they come of the expansion.
+            if not self.expanded or (isinstance(error, TrakError) and not isinstance(error, InputError)):
                 raise
             raise GradientError(
                 f"the forward pass failed after the input of {self.expanded[0]!r}, which has no batch "
@@ -231,7 +239,9 @@ class _Watch:
                     "in-place operations (x += y, inplace=True) on it"
                 )
             dtype = getattr(layer.module, next(iter(layer.names))).dtype
-            call = LayerCall(layer.module, inputs, gradient.to(dtype), layer.names, self.size)
+            # Under autocast a layer may be given another dtype than that of its parameters.
+            rows = inputs.to(dtype) if inputs.is_floating_point() else inputs
+            call = LayerCall(layer.module, rows, gradient.to(dtype), layer.names, self.size)
             for block in layer.rule.blocks(call):
                 self.consume(block)
 

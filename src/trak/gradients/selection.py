@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trak.errors import CheckpointError, ParameterError
+from trak.gradients.swap import LENDING
 
 Selection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 """How a user says which parameters: see `select_parameters`."""
@@ -38,9 +39,20 @@ def select_parameters(model: nn.Module, parameters: Selection = None) -> dict[st
         ParameterError: nothing is selected, a pattern matches nothing, or a selected parameter has no
             floating-point numbers.
     """
+    with LENDING:
+        return _selected(model, parameters)
+
+
+def _selected(model: nn.Module, parameters: Selection) -> dict[str, tuple[int, ...]]:
     named = dict(model.named_parameters())
     if not named:
         raise ParameterError(f"{type(model).__name__} has no parameters to attribute to")
+    lazy = [name for name, p in named.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ParameterError(
+            f"{len(lazy)} parameters have no shape yet, first {lazy[0]!r}: the model has lazy modules. Call it "
+            "once on a batch, then load the checkpoint and attribute"
+        )
     if parameters is None:
         chosen = {name for name, parameter in named.items() if parameter.requires_grad}
         nothing = (
@@ -79,8 +91,9 @@ def model_state(
 
     Prefixes of wrappers ("module." of DistributedDataParallel, "_orig_mod." of torch.compile) on either side
     are looked through where everything fits without them. A tied tensor may be there under any of its names.
-    Buffers that are not saved (`persistent=False`) come from the model. Buffers are copied; parameters share
-    memory with the checkpoint where neither device nor dtype changes.
+    Buffers that are not saved (`persistent=False`) come from the model. Buffers, and embeddings that the forward
+    pass rescales (`max_norm`), are copied; other parameters share memory with the checkpoint where neither device
+    nor dtype changes.
 
     Args:
         model: gives names, shapes and dtypes; not changed.
@@ -92,13 +105,23 @@ def model_state(
         CheckpointError: missing, unexpected or ill-shaped tensors, or a tied parameter with two different
             values.
     """
+    with LENDING:
+        return _state(model, checkpoint, device, dtype)
+
+
+def _state(
+    model: nn.Module,
+    checkpoint: Mapping[str, Tensor] | None,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
     tensors = _canonical_tensors(model)
     aliases = _aliases(model)
     if checkpoint is None:
         found: dict[str, Tensor] = {}
     else:
         found = _resolve(model, _fit_names(aliases, checkpoint), aliases)
-    parameters = {name for name, _ in model.named_parameters()}
+    shareable = {name for name, _ in model.named_parameters()} - _rescaled(model, aliases)
     state = {}
     for name, own in tensors.items():
         source = found.get(name, own).detach()
@@ -110,7 +133,7 @@ def model_state(
         kind = dtype if dtype is not None and own.is_floating_point() else own.dtype
         moved = source.to(device=device, dtype=kind)
         copied = moved.data_ptr() != source.data_ptr()
-        state[name] = moved if copied or name in parameters else moved.clone()
+        state[name] = moved if copied or name in shareable else moved.clone()
     return state
 
 
@@ -140,6 +163,17 @@ def _suggestion(wanted: str, names: Iterable[str]) -> str:
         return f"Did you mean {' or '.join(map(repr, close))}?"
     shown = ", ".join(map(repr, names[:5]))
     return f"The model has {len(names)} parameters: {shown}{', …' if len(names) > 5 else ''}"
+
+
+def _rescaled(model: nn.Module, aliases: Mapping[str, str]) -> set[str]:
+    """Canonical names of weights that the forward pass writes to."""
+    return {
+        aliases[f"{name}.weight" if name else "weight"]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and module.max_norm is not None
+        and module._parameters.get("weight") is not None
+    }
 
 
 def _canonical_tensors(model: nn.Module) -> dict[str, Tensor]:

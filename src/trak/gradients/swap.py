@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trak.errors import CheckpointError, GradientError
+
+LENDING = threading.RLock()
+"""Held while a model is lent tensors, and while its own are looked at: threads may share a model."""
 
 
 @contextmanager
@@ -31,6 +35,12 @@ def lend(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         raise GradientError(
             "a TorchScript module's parameters cannot be exchanged; pass the Python module it was made from"
         )
+    with LENDING:
+        yield from _lent(model, state)
+
+
+def _lent(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """What `lend` does while no other thread lends."""
     names = {id(tensor): name for name, tensor in _named_tensors(model)}
     missing = [name for name, _ in model.named_parameters() if name not in state]
     if missing:

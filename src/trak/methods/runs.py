@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trak.batches import batch_size
 from trak.checkpoints import checkpoint_hash, describe, load_checkpoint
-from trak.datasets import RowSource, as_rows, content_hash
-from trak.errors import CheckpointError, InputError
+from trak.datasets import DatasetRows, RowSource, as_rows, content_hash
+from trak.errors import CheckpointError, FingerprintError, InputError
 from trak.gradients import Auto, Functional, Gradients, Hooked, Reference, model_state, select_parameters
 from trak.logs import logger
-from trak.pipeline import Setting, featurize, verify
+from trak.pipeline import Setting, compare_stored, featurize, verify
 from trak.projection import Projection, default_projection
 from trak.scores import available_memory
 from trak.store import Header, Store, open_store
@@ -65,9 +67,19 @@ class Run:
         return tuple((start, stop) for _, start, stop in self.store.header.columns)
 
     def states(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """(model id, parameters and buffers on the device) of each checkpoint, one in memory at a time."""
+        """(model id, parameters and buffers on the device) of each checkpoint, one in memory at a time.
+
+        Raises:
+            CheckpointError: it is not what the training set was featurized at.
+        """
         for model_id, source in zip(self.model_ids, self.checkpoints):
-            yield model_id, load_state(self.options, self.setting, source)
+            state = load_state(self.options, self.setting, source)
+            if checkpoint_hash(state) != self.store.checkpoint_fingerprint(model_id):
+                raise CheckpointError(
+                    f"{describe(source)} has changed since the training set was featurized: its targets would be compared with another "
+                    "model's training examples. Call fit() again, and pass copies or paths of checkpoints that training goes on changing"
+                )
+            yield model_id, state
 
 
 def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | None) -> Run:
@@ -96,7 +108,9 @@ def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | 
         model_ids.append(model_id)
         rows = store.rows(model_id)
         if not is_verified and not rows.is_complete:
-            setting, is_verified = verify(setting, state, first_batch(train)), True
+            setting, is_verified = _verified(setting, state, train)
+        if options.check and options.save_dir is not None:
+            compare_stored(setting, state, train, rows, where=f"{options.save_dir}, checkpoint {index}")
         featurize(
             setting,
             state,
@@ -121,15 +135,22 @@ def featurize_targets(run: Run, targets: RowSource) -> str:
     setting, is_verified = run.setting, run.is_verified
     for index, (model_id, state) in enumerate(run.states()):
         if not is_verified:
-            setting, is_verified = verify(setting, state, first_batch(targets)), True
+            setting, is_verified = _verified(setting, state, targets)
         label = f"Targets, checkpoint {index + 1} of {len(run.model_ids)}"
         featurize(setting, state, model_id, targets, run.store.rows(model_id, experiment), label=label)
     return experiment
 
 
 def first_batch(source: RowSource) -> Any:
-    """The first examples of a source."""
-    return next(iter(source.batches()))[1]
+    """The first examples of a source: the second batch where the first holds one example only."""
+    found = [batch for _, batch in islice(source.batches(), 2)]
+    return max(found, key=batch_size)
+
+
+def _verified(setting: Setting, state: Mapping[str, Tensor], source: RowSource) -> tuple[Setting, bool]:
+    """The setting with verified gradients, and whether that is the last word: a batch of one example cannot show mixing."""
+    batch = first_batch(source)
+    return verify(setting, state, batch), batch_size(batch) > 1
 
 
 def resolve_setting(options: RunOptions) -> Setting:
@@ -224,12 +245,18 @@ def load_state(options: RunOptions, setting: Setting, source: Any) -> Mapping[st
 def register(store: Store, state: Mapping[str, Tensor]) -> int:
     """The store's number for this checkpoint: the one it had before, else the next free one."""
     fingerprint = checkpoint_hash(state)
-    known = {store.checkpoint_fingerprint(model_id): model_id for model_id in store.checkpoints()}
-    if fingerprint in known:
-        return known[fingerprint]
-    model_id = max(known.values(), default=-1) + 1
-    store.add_checkpoint(model_id, fingerprint)
-    return model_id
+    while True:
+        known = {store.checkpoint_fingerprint(model_id): model_id for model_id in store.checkpoints()}
+        if fingerprint in known:
+            return known[fingerprint]
+        model_id = max(known.values(), default=-1) + 1
+        try:
+            store.add_checkpoint(model_id, fingerprint)
+            return model_id
+        except FingerprintError:
+            # Another process may have taken the number since the list was read.
+            if model_id not in store.checkpoints():
+                raise
 
 
 def _checkpoint_list(model: nn.Module, checkpoints: Sequence[Any] | None) -> list[Any]:
@@ -246,8 +273,9 @@ def _checkpoint_list(model: nn.Module, checkpoints: Sequence[Any] | None) -> lis
 
 def _train_sample(train: RowSource) -> str | None:
     """A digest of some training rows, so that a store is not reused for other data of the same size."""
-    first, second = train.sample_hash(), train.sample_hash()
-    if first == second:
+    first = train.sample_hash()
+    # Only a dataset's own code can draw at random.
+    if not isinstance(train, DatasetRows) or first == train.sample_hash():
         return first
     logger.warning(
         "the training set gives different examples each time it is read (random augmentation?): gradients will be those of one random draw. "

@@ -16,16 +16,22 @@ def multiclass_margin(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
 
     The other logits are summed without the label's: subtracting two probabilities would cancel where p → 1.
     """
-    own_B = logits_BC.gather(1, labels_B.unsqueeze(1)).squeeze(1)
+    classes = logits_BC.shape[1]
+    own_B = logits_BC.gather(1, labels_B.clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
     # A comparison rather than one_hot, which looks at the labels' values and so cannot be vmapped.
-    is_own_BC = torch.arange(logits_BC.shape[1], device=labels_B.device) == labels_B.unsqueeze(1)
+    is_own_BC = torch.arange(classes, device=labels_B.device) == labels_B.unsqueeze(1)
     others_BC = logits_BC.masked_fill(is_own_BC, float("-inf"))
-    return own_B - others_BC.logsumexp(1)
+    return _nan_outside(own_B - others_BC.logsumexp(1), labels_B, classes)
 
 
 def binary_margin(logits_B: Tensor, labels_B: Tensor) -> Tensor:
     """F = logit for label 1 and −logit for label 0: log(p / (1 − p)) of the correct label, [B]."""
-    return logits_B * (2 * labels_B.to(logits_B.dtype) - 1)
+    return _nan_outside(logits_B * (2 * labels_B.to(logits_B.dtype) - 1), labels_B, 2)
+
+
+def _nan_outside(values_B: Tensor, labels_B: Tensor, classes: int) -> Tensor:
+    """NaN for labels that do not exist: `check_logits` cannot look at values under vmap."""
+    return values_B.masked_fill((labels_B < 0) | (labels_B >= classes), float("nan"))
 
 
 def class_margin(logits: Tensor, labels_B: Tensor) -> Tensor:
@@ -42,6 +48,9 @@ def check_logits(logits: object, labels_B: object, *, what: str) -> tuple[Tensor
             f"{what} needs the model to return logits as a tensor [batch, classes]; got {type(logits).__name__}. "
             "For other models write a task: trak.CustomTask(lambda model, batch: ...)"
         )
+    if logits.ndim == 0:
+        # A model that ends in squeeze() leaves no dimension of a batch of one.
+        logits = logits.reshape(1)
     if not isinstance(labels_B, Tensor) or labels_B.is_floating_point():
         got = (
             f"{labels_B.dtype} of shape {list(labels_B.shape)}"
@@ -54,4 +63,21 @@ def check_logits(logits: object, labels_B: object, *, what: str) -> tuple[Tensor
             f"{what} needs logits [batch, classes] and labels [batch]; got logits {list(logits.shape)} and labels "
             f"{list(labels_B.shape)}. For outputs at many positions write a task: trak.CustomTask(lambda model, batch: ...)"
         )
-    return logits, labels_B.long()
+    labels_B = labels_B.long()
+    _refuse_labels(labels_B, 2 if logits.ndim == 1 or logits.shape[1] == 1 else logits.shape[1], what)
+    return logits, labels_B
+
+
+def _refuse_labels(labels_B: Tensor, classes: int, what: str) -> None:
+    outside_B = (labels_B < 0) | (labels_B >= classes)
+    try:
+        if not bool(outside_B.any()):
+            return
+    except RuntimeError:  # under vmap values cannot be looked at: f is NaN there, which is refused later
+        return
+    position = int(outside_B.nonzero()[0])
+    raise InputError(
+        f"{what} needs labels 0 to {classes - 1} for a model of {classes} classes; got {int(labels_B[position])} at position {position} of the "
+        f"batch, {int(outside_B.sum())} such of {len(labels_B)}. Leave examples without a class (such as -100) out, and check that labels count "
+        "from 0"
+    )

@@ -47,6 +47,9 @@ class Regression(Task):
             raise InputError(f"regression expects batches (inputs, values); got {describe(batch)}")
         inputs, values = batch
         predictions = model(inputs)
+        if isinstance(predictions, Tensor) and predictions.ndim == 0:
+            # A model that ends in squeeze() leaves no dimension of a batch of one.
+            predictions = predictions.reshape(1)
         if not isinstance(predictions, Tensor) or predictions.numel() != predictions.shape[0]:
             raise InputError(
                 f"regression expects one prediction per example, [batch] or [batch, 1]; got {describe(predictions)}. "
