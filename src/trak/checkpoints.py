@@ -303,7 +303,8 @@ def _not_found(path: Path) -> str:
     hint = (
         f"Did you mean {_list(candidates)}?" if near else f"Checkpoints there: {_list(candidates) or 'none'}."
     )
-    return f"There is no file {path.name} in {folder}. {hint}"
+    where = "the current folder" if folder == Path() else folder
+    return f"There is no file {path.name} in {where}. {hint}"
 
 
 def _list(names: Any) -> str:

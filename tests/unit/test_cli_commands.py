@@ -367,3 +367,59 @@ def test_demo_needs_the_report_packages_before_it_trains(run, demo_calls, monkey
     monkeypatch.setattr("trak.report.dependencies._installed", lambda module: module != "jinja2")
     assert "pip install" in run("demo", code=2).stderr
     assert demo_calls == []
+
+
+# Mistakes that are found early
+
+
+def test_a_misspelt_name_in_a_recipe_is_remarked_on(run, tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE.replace("checkpoints =", "checkpoint ="))
+    shown = run("attribute", path, "--top", 1).stderr
+    assert "defines 'checkpoint', which is not used; did you mean 'checkpoints'?" in shown
+
+
+def test_a_recipe_without_names_points_to_its_function(run, tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text("def helper(x):\n    return x\n\n\ndef make():\n    return {}\n")
+    assert "recipe.py:make" in run("attribute", path, code=2).stderr.replace("\n", "")
+
+
+def test_folders_that_cannot_be_written_are_refused_before_the_recipe_runs(run, tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text("raise RuntimeError('ran')")
+    for option in ("--out", "--scores", "--report"):
+        shown = run("attribute", path, option, tmp_path, code=2).stderr
+        assert "ran" not in shown
+        assert str(tmp_path) in shown
+
+
+@pytest.mark.parametrize("name", ["attribution.json", "scores.npy", "vectors.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{"])
+def test_a_damaged_attribution_is_one_message(run, saved, name, content):
+    (saved[1] / name).unlink()
+    if content is not None:
+        (saved[1] / name).write_bytes(content)
+    shown = run("top", saved[1], code=2).stderr
+    assert name in shown
+    assert "Traceback" not in shown
+
+
+def test_a_report_refuses_another_data_set(run, recipe, saved, tmp_path):
+    shown = run("report", saved[1], "--recipe", recipe, "-o", tmp_path / "r.html", code=2).stderr
+    assert "train_set has 20 rows" in shown
+
+
+def test_store_info_counts_parameters_and_cuts_digests(run, recipe, tmp_path):
+    run("attribute", recipe, "--save-dir", tmp_path / "features", "--top", 1)
+    lines = run("store", "info", tmp_path / "features").stdout.splitlines()
+    facts = {line[:16].strip(): line[16:].strip() for line in lines if line[:1].isalpha()}
+    assert facts["parameters"] == f"{64 * 6 + 6 + 6 * 3 + 3} in 4 tensors"
+    assert facts["task"].startswith("ImageClassification")
+    assert len(facts["extra"]) == len("train sample ") + 12
+
+
+def test_a_checkpoint_missing_from_the_current_folder_reads_well(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.py").write_text(RECIPE.replace("[model.state_dict()]", "['run.pt']"))
+    assert "no file run.pt in the current folder." in run("attribute", "recipe.py", code=2).stderr

@@ -79,8 +79,7 @@ def attribute(
     Runs the recipe, computes TRAK scores, and prints the training rows that raised each target's output most
     (proponents) and lowered it most (opponents). Options given here take the place of the recipe's.
     """
-    if report is not None:
-        _check_report_can_be_made(report)
+    _check_can_be_written(out=out, report=report, scores=scores)
     given = {
         "save_dir": save_dir,
         "device": device,
@@ -110,14 +109,23 @@ def _compute(arguments: dict[str, Any]) -> Attribution:
         raise
 
 
-def _check_report_can_be_made(path: Path) -> None:
+def _check_can_be_written(*, out: Path | None, report: Path | None, scores: Path | None) -> None:
     """Before the work, not after it."""
     from trak.errors import InputError
     from trak.report.dependencies import require
+    from trak.results import check_save_folder
 
-    require("jinja2", "matplotlib", "PIL")
-    if not path.resolve().parent.is_dir():
-        raise InputError(f"--report {path}: there is no folder {path.parent}; create it first")
+    if out is not None:
+        check_save_folder(out)
+    if report is not None:
+        require("jinja2", "matplotlib", "PIL")
+    for option, path in (("--report", report), ("--scores", scores)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a folder; give the name of a file")
+        if option == "--report" and not path.resolve().parent.is_dir():
+            raise InputError(f"{option} {path}: there is no folder {path.parent}; create it first")
 
 
 def _write(

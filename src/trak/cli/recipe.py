@@ -22,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trak.cli.output import say
 from trak.errors import InputError, TrakError
 
 REQUIRED = ("model", "train_set", "targets", "task")
@@ -62,6 +63,7 @@ def load_recipe(place: str) -> Recipe:
     allowed = (*_attribute_arguments(), *SHOWING)
     if function is None:
         values = {name: getattr(module, name) for name in allowed if hasattr(module, name)}
+        _remark_on_misspelt(path, module, [name for name in allowed if name not in values])
     else:
         values = dict(_call(module, path, function))
         unknown = [name for name in values if name not in allowed]
@@ -73,9 +75,11 @@ def load_recipe(place: str) -> Recipe:
             )
     missing = [name for name in REQUIRED if name not in values]
     if missing:
+        functions = [] if function else _functions(module)
+        hint = f". To take what a function returns: {path}:{functions[0]}" if functions else ""
         raise InputError(
             f"the recipe {place} does not define {', '.join(missing)}; "
-            f"a recipe defines {', '.join(REQUIRED)} and, if you like, checkpoints and other arguments of trak.attribute"
+            f"a recipe defines {', '.join(REQUIRED)} and, if you like, checkpoints and other arguments of trak.attribute{hint}"
         )
     return Recipe(
         {name: value for name, value in values.items() if name not in SHOWING},
@@ -132,6 +136,29 @@ def _call(module: ModuleType, path: Path, function: str) -> Mapping[str, Any]:
     return values
 
 
+def _remark_on_misspelt(path: Path, module: ModuleType, unset: list[str]) -> None:
+    """A file may define whatever it likes, so a name that is almost an argument's is no error; but it has no effect."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or name in unset or isinstance(value, (ModuleType, type)) or callable(value):
+            continue
+        close = difflib.get_close_matches(name, unset, n=1, cutoff=0.85)
+        if close:
+            say(f"Note: {path} defines {name!r}, which is not used; did you mean {close[0]!r}?")
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """Functions of the file itself that can be called without arguments, the ones meant first."""
+    own = [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+        and not inspect.signature(value).parameters
+    ]
+    return sorted(own, key=lambda name: name not in ("make", "recipe", "main"))
+
+
 def _recipe_error(path: Path, error: Exception) -> InputError:
     """What went wrong in the recipe, and on which of its lines."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -139,8 +166,9 @@ def _recipe_error(path: Path, error: Exception) -> InputError:
     if isinstance(error, SyntaxError):
         lines = [error.lineno]
     where = f"{path}, line {lines[-1]}" if lines else str(path)
+    what = error.msg if isinstance(error, SyntaxError) else error
     return InputError(
-        f"the recipe stopped at {where}: {type(error).__name__}: {error} (trak --debug shows the traceback)"
+        f"the recipe stopped at {where}: {type(error).__name__}: {what} (trak --debug shows the traceback)"
     )
 
 

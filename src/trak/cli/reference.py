@@ -11,7 +11,8 @@ HEAD = """# Command line
 
 `pip install 'trak-attribution[cli]'` brings the command `trak`. Each verb prints tables for people, or JSON on
 standard output with `--json`; remarks and progress go to standard error. Exit codes: 0 done, 1 a check failed,
-2 something to put right, which the message says.
+2 something to put right, which the message says, 130 interrupted; an error in your own data set or model shows its
+traceback and ends with 1.
 
 This page is what `--help` says; it is written by `python -m trak.cli.reference`.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +72,8 @@ def _describe(store: Store) -> dict[str, Any]:
         "folder": store.where,
         "num_rows": header.num_rows,
         "dim": header.dim,
-        "num_parameters": len(header.parameters),
+        "num_parameters": sum(prod(shape) for shape in header.parameters.values()),
+        "num_tensors": len(header.parameters),
         "projection": dict(header.projection),
         "task": dict(header.task),
         "compute_dtype": header.compute_dtype,
@@ -102,7 +105,7 @@ def _print_info(facts: dict[str, Any]) -> None:
     settings = {
         "training rows": facts["num_rows"],
         "features per row": facts["dim"],
-        "parameters": facts["num_parameters"],
+        "parameters": f"{facts['num_parameters']} in {facts['num_tensors']} tensors",
         "projection": _line(facts["projection"]),
         "task": _line(facts["task"]),
         "computed in": facts["compute_dtype"],
@@ -156,4 +159,13 @@ def _print_findings(found: Report) -> None:
 
 
 def _line(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(
+        _short(value) if name in ("kind", "task") else f"{name.replace('_', ' ')} {_short(value)}"
+        for name, value in values.items()
+    )
+
+
+def _short(value: Any) -> str:
+    """Digests are cut as fingerprints are; --json has them in full."""
+    words = str(value)
+    return words[:12] if re.fullmatch(r"[0-9a-f]{64}", words) else words
