@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,81 +76,83 @@ def load_cifar2(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return (pixels - MEAN) / STD, torch.from_numpy((labels[rows] == CLASSES[1]).astype(np.int64))
 
 
+@dataclass(frozen=True)
+class Bank:
+    """Training set, targets, checkpoints and retrained models' outputs."""
+
+    train_set: tuple[Tensor, Tensor]
+    targets: tuple[Tensor, Tensor]
+    checkpoints: list[Path]
+    masks: np.ndarray
+    margins: np.ndarray
+
+
+def load_bank(folder: Path, num_targets: int | None) -> Bank:
+    file = np.load(folder / "banks" / "cifar2" / "bank.npz")
+    target_rows = torch.from_numpy(file["target_rows"][:num_targets].astype(np.int64))
+    train_set = load_cifar2(folder / "data", "train")
+    images, labels = load_cifar2(folder / "data", "test")
+    checkpoints = folder / "banks" / "cifar2" / "checkpoints"
+    return Bank(
+        train_set,
+        (images[target_rows], labels[target_rows]),
+        [checkpoints / f"seed{seed:02d}_epoch24.safetensors" for seed in range(10)],
+        np.unpackbits(file["masks"], axis=1)[:, : len(train_set[0])].astype(bool),
+        file["margins"][:, :num_targets].astype(np.float64),
+    )
+
+
+def evaluate(bank: Bank, checkpoints: list[Path], settings: dict) -> dict:
+    """The LDS of TRAK over some checkpoints."""
+    start = time.perf_counter()
+    attribution = trak.attribute(ResNet9(), bank.train_set, bank.targets, checkpoints=checkpoints, **settings)
+    result = trak.evaluation.lds(attribution.scores, bank.masks, bank.margins)
+    seconds = time.perf_counter() - start
+    return {"lds": result.mean, "low": result.low, "high": result.high, "seconds": seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared"), help="folder with data/ and banks/cifar2/"
-    )
-    parser.add_argument("--checkpoints", type=int, nargs="+", default=[1, 5, 10], help="ensemble sizes")
-    parser.add_argument(
-        "--average",
-        type=int,
-        default=1,
-        help="for an ensemble of one: mean over that many single checkpoints",
-    )
-    parser.add_argument("--save-dir", type=Path, default=None, help="keep features there")
-    parser.add_argument(
-        "--projection", default=None, help="e.g. Sparse:4096; the default of the library if left out"
-    )
-    parser.add_argument("--damping", default="auto", help='"auto", a number, or relative:R')
-    parser.add_argument("--preconditioner", default="whole")
-    parser.add_argument("--targets", type=int, default=None, help="only the first so many targets")
-    parser.add_argument("--json", type=Path, default=None, help="write the results there")
+    add = parser.add_argument
+    add("--data", type=Path, default=Path("../shared"), help="folder with data/ and banks/cifar2/")
+    add("--checkpoints", type=int, nargs="+", default=[1, 5, 10], help="ensemble sizes")
+    add("--average", type=int, default=1, help="for an ensemble of one: mean over so many single checkpoints")
+    add("--save-dir", type=Path, default=None, help="keep features there")
+    add("--projection", default=None, help="e.g. Sparse:4096; the library's default if left out")
+    add("--damping", nargs="+", default=["auto"], help="auto, a number, relative:R, or share:S for trace / S")
+    add("--preconditioner", default="whole")
+    add("--targets", type=int, default=None, help="only the first so many targets")
+    add("--json", type=Path, default=None, help="write the results there")
     options = parser.parse_args()
 
-    bank = np.load(options.data / "banks" / "cifar2" / "bank.npz")
-    columns = slice(options.targets)
-    target_rows = torch.from_numpy(bank["target_rows"][columns].astype(np.int64))
-    train_set = load_cifar2(options.data / "data", "train")
-    test_images, test_labels = load_cifar2(options.data / "data", "test")
-    targets = (test_images[target_rows], test_labels[target_rows])
-    masks = np.unpackbits(bank["masks"], axis=1)[:, : len(train_set[0])].astype(bool)
-    margins = bank["margins"][:, columns].astype(np.float64)
-
-    folder = options.data / "banks" / "cifar2" / "checkpoints"
-    paths = [folder / f"seed{seed:02d}_epoch24.safetensors" for seed in range(10)]
-    settings = {
-        "task": "image_classification",
-        "damping": parse_damping(options.damping),
-        "projection": parse_projection(options.projection),
-        "preconditioner": options.preconditioner,
-        "save_dir": options.save_dir,
-        "batch_size": 100,
-    }
+    bank = load_bank(options.data, options.targets)
     results = []
-    for size in options.checkpoints:
-        singles = options.average if size == 1 else 1
-        for first in range(singles):
-            start = time.perf_counter()
-            attribution = trak.attribute(
-                ResNet9(), train_set, targets, checkpoints=paths[first : first + size], **settings
-            )
-            result = trak.evaluation.lds(attribution.scores, masks, margins)
-            seconds = time.perf_counter() - start
-            results.append(
-                {
-                    "checkpoints": size,
-                    "first": first,
-                    "lds": result.mean,
-                    "low": result.low,
-                    "high": result.high,
-                    "seconds": seconds,
-                }
-            )
+    for size, damping in itertools.product(options.checkpoints, options.damping):
+        settings = {
+            "task": "image_classification",
+            "damping": parse_damping(damping),
+            "projection": parse_projection(options.projection),
+            "preconditioner": options.preconditioner,
+            "save_dir": options.save_dir,
+            "batch_size": 100,
+        }
+        rows = []
+        for first in range(options.average if size == 1 else 1):
+            rows.append(evaluate(bank, bank.checkpoints[first : first + size], settings))
+            row = {"checkpoints": size, "first": first, "damping": damping, **rows[-1]}
+            results.append(row)
             print(
-                f"M = {size:2d}: LDS {result.mean:.4f} [{result.low:.4f}, {result.high:.4f}]  ({seconds:.0f} s)",
+                f"M = {size:2d}, damping {damping}: LDS {row['lds']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+                f"  ({row['seconds']:.0f} s)",
                 flush=True,
             )
-        if singles > 1:
-            print(
-                f"M = {size:2d}: mean over {singles} single checkpoints {np.mean([r['lds'] for r in results[-singles:]]):.4f}"
-            )
+        if len(rows) > 1:
+            mean = np.mean([row["lds"] for row in rows])
+            print(f"M = {size:2d}, damping {damping}: mean over {len(rows)} single checkpoints {mean:.4f}")
     if options.json:
-        options.json.write_text(
-            json.dumps({"settings": {k: str(v) for k, v in settings.items()}, "results": results}, indent=2)
-        )
+        options.json.write_text(json.dumps({"projection": options.projection, "results": results}, indent=2))
 
 
 def parse_projection(text: str | None) -> trak.Projection | None:
@@ -161,6 +165,8 @@ def parse_projection(text: str | None) -> trak.Projection | None:
 def parse_damping(text: str) -> float | str | trak.Damping:
     if text.startswith("relative:"):
         return trak.RelativeDamping(float(text.removeprefix("relative:")))
+    if text.startswith("share:"):
+        return trak.AutomaticDamping(share=float(text.removeprefix("share:")))
     return text if text == "auto" else float(text)
 
 

@@ -78,7 +78,13 @@ def test_damping_rules():
     features = torch.randn(50, 4, dtype=torch.float64)
     got = moments(features, product_dtype=torch.float64)
     trace = float((features**2).sum())
-    for rule, expected in ((0.3, 0.3), (RelativeDamping(0.5), 0.5 * trace / 4), ("auto", trace / 1000)):
+    rules = {
+        0.3: 0.3,
+        RelativeDamping(0.5): 0.5 * trace / 4,
+        "auto": trace / 1000,
+        AutomaticDamping(share=50): trace / 50,
+    }
+    for rule, expected in rules.items():
         assert fit_preconditioner(got, resolve_damping(rule)).dampings[0] == pytest.approx(expected)
     assert isinstance(resolve_damping("auto"), AutomaticDamping)
 
@@ -90,6 +96,8 @@ def test_bad_damping(bad):
     if isinstance(bad, float):
         with pytest.raises(InputError, match="ratio"):
             RelativeDamping(bad)
+        with pytest.raises(InputError, match="share"):
+            AutomaticDamping(share=bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
