@@ -12,7 +12,8 @@ import numpy as np
 
 from trak.errors import InputError
 from trak.evaluation._values import Bools, Floats, as_array, as_masks, check_axis, check_count, check_finite
-from trak.evaluation.bootstrap import make_generator, percentile_interval, resample_counts
+from trak.evaluation.bootstrap import percentile_interval
+from trak.evaluation.estimates import crossed_counts, resampled_mean
 from trak.evaluation.ranks import average_ranks, resampled_correlation, spearman
 
 ROW_BLOCK = 8192
@@ -135,7 +136,7 @@ def lds(
     """
     check_count(num_bootstrap, "num_bootstrap", 1)
     masks_SN = as_masks(masks)
-    outputs_ST, num_models = _mean_outputs(outputs, masks_SN)
+    outputs_ST, num_models = mean_outputs(outputs, masks_SN)
     predictions_ST = predictions(scores, masks_SN)
     check_axis(
         predictions_ST.shape[1], outputs_ST.shape[1], what="scores", axis="T (targets)", other="outputs"
@@ -163,8 +164,13 @@ def lds(
     )
 
 
-def _mean_outputs(outputs: Any, masks_SN: Bools) -> tuple[Floats, int]:
-    """(outputs [S, T] averaged over models, R), checked against the masks."""
+def mean_outputs(outputs: Any, masks_SN: Bools) -> tuple[Floats, int]:
+    """(outputs [S, T] averaged over models, R), checked against the masks.
+
+    Raises:
+        InputError: another shape than [S, T] or [S, R, T], or fewer than three subsets.
+        NonFiniteError: NaN or infinity.
+    """
     array = as_array(outputs)
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise InputError(
@@ -173,7 +179,9 @@ def _mean_outputs(outputs: Any, masks_SN: Bools) -> tuple[Floats, int]:
         )
     check_axis(array.shape[0], masks_SN.shape[0], what="outputs", axis="S (subsets)", other="masks")
     if len(masks_SN) < 3:
-        raise InputError(f"lds needs at least 3 subsets (a few dozen to say much), got {len(masks_SN)}.")
+        raise InputError(
+            f"A measure over subsets needs at least 3 subsets (a few dozen to say much), got {len(masks_SN)}."
+        )
     floats = array.astype(np.float64)
     check_finite(floats, "outputs")
     return (floats, 1) if floats.ndim == 2 else (floats.mean(axis=1), floats.shape[1])
@@ -181,12 +189,8 @@ def _mean_outputs(outputs: Any, masks_SN: Bools) -> tuple[Floats, int]:
 
 def _bootstrap(predictions_ST: Floats, outputs_ST: Floats, num_bootstrap: int, seed: int) -> Floats:
     """The mean correlation in each resample of subsets and targets, [B]; NaN where no target varies."""
-    num_subsets, num_targets = outputs_ST.shape
-    generator = make_generator(seed)
-    subset_counts_BS = resample_counts(num_subsets, num_bootstrap, generator)
-    target_counts_BT = resample_counts(num_targets, num_bootstrap, generator)
+    subset_counts_BS, target_counts_BT = crossed_counts(
+        *outputs_ST.shape, num_bootstrap=num_bootstrap, seed=seed
+    )
     ranks = average_ranks(predictions_ST), average_ranks(outputs_ST)
-    rho_BT = resampled_correlation(*ranks, subset_counts_BS)
-    weights_BT = np.where(np.isnan(rho_BT), 0, target_counts_BT)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nansum(rho_BT * weights_BT, axis=1) / weights_BT.sum(axis=1)
+    return resampled_mean(resampled_correlation(*ranks, subset_counts_BS), target_counts_BT)
