@@ -30,8 +30,14 @@ from trak.errors import (
 )
 from trak.gradients import Auto, Functional, Gradients, Hooked, Reference
 from trak.methods.base import Attributor, FittedAttributor
+from trak.methods.datamodel import Datamodel
+from trak.methods.empirical_influence import EmpiricalInfluence
 from trak.methods.gradient_similarity import GradientSimilarity
+from trak.methods.influence_function import InfluenceFunction
+from trak.methods.knn_shapley import KNNShapley
 from trak.methods.random import RandomScores
+from trak.methods.representation_similarity import RepresentationSimilarity
+from trak.methods.tracin import TracIn
 from trak.methods.trak import TRAK
 from trak.precondition import AutomaticDamping, Damping, FixedDamping, RelativeDamping
 from trak.projection import Gaussian, Identity, Kronecker, Projection, Rademacher, Sparse
@@ -51,6 +57,8 @@ __all__ = [
     "CorruptShardError",
     "CustomTask",
     "Damping",
+    "Datamodel",
+    "EmpiricalInfluence",
     "FingerprintError",
     "FittedAttributor",
     "FixedDamping",
@@ -63,7 +71,9 @@ __all__ = [
     "Hooked",
     "Identity",
     "ImageClassification",
+    "InfluenceFunction",
     "InputError",
+    "KNNShapley",
     "Kronecker",
     "MissingDependencyError",
     "MissingRowsError",
@@ -79,6 +89,7 @@ __all__ = [
     "Reference",
     "Regression",
     "RelativeDamping",
+    "RepresentationSimilarity",
     "Scores",
     "SingularGramError",
     "Sparse",
@@ -86,6 +97,7 @@ __all__ = [
     "TRAKer",
     "Task",
     "TextClassification",
+    "TracIn",
     "TrakError",
     "UnsupportedLayerError",
     "__version__",

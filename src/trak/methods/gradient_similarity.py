@@ -10,15 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trak.datasets import as_rows
 from trak.errors import InputError
 from trak.methods.base import Attributor, FittedAttributor
+from trak.methods.dot_scores import DotScores, Part, unit_rows
 from trak.methods.runs import Run, RunOptions, featurize_targets, start_run
 from trak.results import Attribution
-from trak.scores import Scores
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,46 +50,14 @@ class FittedGradientSimilarity(FittedAttributor):
         run = self.run
         target_rows = as_rows(targets, batch_size=run.options.batch_size, what="targets")
         experiment = featurize_targets(run, target_rows)
+        cosine, share = self.similarity == "cosine", 1 / len(run.model_ids)
         parts = []
         for model_id in run.model_ids:
             rows = run.store.rows(model_id, experiment)
-            parts.append((run.store.rows(model_id), rows.read(0, rows.num_rows).features))
-        scores = SimilarityScores(tuple(parts), self.similarity == "cosine")
+            features_TK = rows.read(0, rows.num_rows).features
+            parts.append(
+                Part(run.store.rows(model_id), unit_rows(features_TK) if cosine else features_TK, share)
+            )
+        scores = DotScores(tuple(parts), run.setting.device, cosine, run.setting.progress)
         info = {"method": f"gradient {self.similarity}", "projection": dict(run.store.header.projection)}
         return Attribution(scores=scores, info=info, train_rows=run.train, target_rows=target_rows)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class SimilarityScores(Scores):
-    """Mean over checkpoints of the similarity of stored features.
-
-    Attributes:
-        parts: (training rows, target features [T, K]) of each checkpoint.
-        cosine: divide by both norms; otherwise the dot product of loss gradients, q_i φ(z_i)ᵀφ(z).
-    """
-
-    parts: tuple[tuple[Any, Tensor], ...]
-    cosine: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, T)."""
-        return self.parts[0][0].num_rows, self.parts[0][1].shape[0]
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows start to stop, [stop − start, T]."""
-        return torch.stack([self._part(*part, start, stop) for part in self.parts]).mean(0)
-
-    def select_targets(self, targets: Tensor) -> Scores:
-        """Some of the targets."""
-        return SimilarityScores(
-            tuple((rows, features_TK[targets]) for rows, features_TK in self.parts), self.cosine
-        )
-
-    def _part(self, rows: Any, targets_TK: Tensor, start: int, stop: int) -> Tensor:
-        block = rows.read(start, stop)
-        features_RK = block.features
-        if not self.cosine:
-            return (features_RK @ targets_TK.T.to(features_RK)) * block.weights.to(features_RK).unsqueeze(1)
-        normalise = torch.nn.functional.normalize
-        return normalise(features_RK, dim=1) @ normalise(targets_TK.to(features_RK), dim=1).T

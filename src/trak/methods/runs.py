@@ -90,7 +90,7 @@ def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | 
     """
     setting = resolve_setting(options)
     train = as_rows(train_set, batch_size=options.batch_size, what="train_set")
-    sources = _checkpoint_list(options.model, checkpoints)
+    sources = checkpoint_list(options.model, checkpoints)
     header = make_header(setting, train.num_rows, options.feature_dtype, train_sample=_train_sample(train))
     if options.save_dir is None:
         _refuse_large_memory(header, len(sources))
@@ -259,7 +259,12 @@ def register(store: Store, state: Mapping[str, Tensor]) -> int:
                 raise
 
 
-def _checkpoint_list(model: nn.Module, checkpoints: Sequence[Any] | None) -> list[Any]:
+def checkpoint_list(model: nn.Module, checkpoints: Sequence[Any] | None) -> list[Any]:
+    """The checkpoints as a list; the model's own state if there are none.
+
+    Raises:
+        InputError: something else than a list, or an empty one.
+    """
     if checkpoints is None:
         return [model]
     if isinstance(checkpoints, (str, Path, Mapping, nn.Module)) or not isinstance(checkpoints, Sequence):
