@@ -14,6 +14,7 @@
     │   ├── FingerprintError      the store was made with other settings (field-by-field difference)
     │   ├── MissingRowsError      rows a to b are not there
     │   └── CorruptShardError     a file is not what the manifest says
+    ├── RetrainError              a model of a bank could not be trained (in trak.evaluation)
     ├── SingularGramError         the Gram matrix cannot be inverted; the message advises damping
     └── MissingDependencyError    (also ImportError) an optional package is needed
 

@@ -1,0 +1,91 @@
+"""Files that are there whole or not at all: temporary name in the same folder, flush, rename, flush."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from trak.errors import CorruptShardError, StoreError
+
+TEMPORARY_PREFIX = ".tmp-"
+STALE_AFTER_S = 3600.0
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically and durably, replacing what was there. Its folder must exist."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{uuid4().hex[:12]}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically. Tensors that share memory are written once each."""
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_bytes(path, save(copies, dict(metadata)))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file.
+
+    Raises:
+        CorruptShardError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            return tensors, dict(handle.metadata() or {})
+    except SafetensorError as error:
+        raise CorruptShardError(
+            f"{path} is damaged: {error}. It was truncated or changed after it was written. "
+            "Remove the file and run again: only what it held is computed again."
+        ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder, with those above it, and remove temporary files that a killed run left an hour ago.
+
+    Raises:
+        StoreError: something else than a folder has that name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StoreError(f"{path} is no folder ({error}). Give another folder for the bank.") from error
+    for temporary in path.glob(f"{TEMPORARY_PREFIX}*"):
+        # Another process may remove it at the same moment.
+        with suppress(FileNotFoundError):
+            if time.time() - temporary.stat().st_mtime > STALE_AFTER_S:
+                temporary.unlink()
+
+
+def _flush_folder(path: Path) -> None:
+    """Make the names in a folder durable; Windows has no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse to flush a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(descriptor)
