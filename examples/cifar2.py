@@ -121,7 +121,12 @@ def main() -> None:
     add("--average", type=int, default=1, help="for an ensemble of one: mean over so many single checkpoints")
     add("--save-dir", type=Path, default=None, help="keep features there")
     add("--projection", default=None, help="e.g. Sparse:4096; the library's default if left out")
-    add("--damping", nargs="+", default=["auto"], help="auto, a number, relative:R, or share:S for trace / S")
+    add(
+        "--damping",
+        nargs="+",
+        default=["auto"],
+        help="auto, a number, relative:R, or share:S for trace / (S √M)",
+    )
     add("--preconditioner", default="whole")
     add("--targets", type=int, default=None, help="only the first so many targets")
     add("--json", type=Path, default=None, help="write the results there")

@@ -1,4 +1,4 @@
-"""How much damping? LDS and mislabel detection on the demo's bank of retrained models, over a sweep of shares (λ = trace / share).
+"""How much damping? LDS and mislabel detection on the demo's bank of retrained models, over a sweep of shares s in λ = trace / s.
 
 trak demo --out demo-report                # trains the bank, once
 python examples/damping.py --out demo-report --dims 1024 4096 --checkpoints 1 10
@@ -39,7 +39,7 @@ def main() -> None:
             task="image_classification",
             checkpoints=bank.checkpoint_files[:size],
             projection=trak.Sparse(dim=dim),
-            damping=trak.AutomaticDamping(share=share),
+            damping=trak.AutomaticDamping(share=share / size**0.5),  # λ = trace / share for every M
             save_dir=options.out / f"damping-{dim}",
             batch_size=100,
         )

@@ -201,11 +201,12 @@ def fit(
     damping: Damping,
     groups: Sequence[tuple[int, int]],
     *,
+    num_checkpoints: int,
     device: torch.device,
     where: str,
     progress: bool | None = None,
 ) -> Preconditioner:
-    """The preconditioner of one checkpoint's training features; the Gram is kept in the store.
+    """The preconditioner of one checkpoint's training features, one of `num_checkpoints`; the Gram is kept in the store.
 
     Raises:
         MissingRowsError: some rows are not there.
@@ -222,7 +223,7 @@ def fit(
     # Without damping the small eigenvalues count, and float32 products drown them.
     product_dtype = torch.float64 if undamped or features_dtype == torch.float64 else torch.float32
     moments = _moments(rows, groups, product_dtype, device, where, progress)
-    return fit_preconditioner(moments, damping, where=where)
+    return fit_preconditioner(moments, damping, num_checkpoints=num_checkpoints, where=where)
 
 
 def score(

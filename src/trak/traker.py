@@ -207,8 +207,9 @@ class TRAKer:
             SingularGramError: it cannot be inverted with this damping.
         """
         self._end()
-        for model_id in self._chosen(model_ids, step="finalize_features"):
-            self._preconditioner(model_id)
+        chosen = self._chosen(model_ids, step="finalize_features")
+        for model_id in chosen:
+            self._preconditioner(model_id, len(chosen))
 
     def start_scoring_checkpoint(
         self,
@@ -301,7 +302,7 @@ class TRAKer:
         chosen = self._scored(exp_name, self._chosen(model_ids, step="finalize_scores"), allow_skip)
         for model_id in chosen:
             self._require_finalized(model_id)
-        preconditioners = [self._preconditioner(model_id) for model_id in chosen]
+        preconditioners = [self._preconditioner(model_id, len(chosen)) for model_id in chosen]
         info = {
             "method": "TRAK",
             "experiment": exp_name,
@@ -431,10 +432,17 @@ class TRAKer:
                 f"checkpoint {model_id} is featurized but not finalised: call finalize_features() before scoring"
             )
 
-    def _preconditioner(self, model_id: int) -> Any:
+    def _preconditioner(self, model_id: int, num_checkpoints: int) -> Any:
         rows = self._store.rows(model_id)
         groups = [(0, self._header.dim)]
-        return fit(rows, self._damping, groups, device=self._setting.device, where=f"checkpoint {model_id}")
+        return fit(
+            rows,
+            self._damping,
+            groups,
+            num_checkpoints=num_checkpoints,
+            device=self._setting.device,
+            where=f"checkpoint {model_id}",
+        )
 
 
 def _row_numbers(session: _Session, size: int, inds: Any, num_samples: int | None, what: str) -> Tensor:

@@ -14,7 +14,16 @@ ROOT = Path(__file__).parents[2]
 def test_cifar2_from_checkpoints_to_the_linear_datamodeling_score(shared, tmp_path):
     result = tmp_path / "result.json"
     command = [sys.executable, str(ROOT / "examples" / "cifar2.py"), "--data", str(shared)]
-    command += ["--checkpoints", "1", "--targets", "200", "--projection", "Sparse:2048", "--json", str(result)]
+    command += [
+        "--checkpoints",
+        "1",
+        "--targets",
+        "200",
+        "--projection",
+        "Sparse:2048",
+        "--json",
+        str(result),
+    ]
     subprocess.run(command, check=True)
     (row,) = json.loads(result.read_text())["results"]
     # Figures for all 1,000 targets are in design/defaults.md; gradient similarity reaches .03 to .06 here.

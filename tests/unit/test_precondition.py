@@ -87,6 +87,9 @@ def test_damping_rules():
     for rule, expected in rules.items():
         assert fit_preconditioner(got, resolve_damping(rule)).dampings[0] == pytest.approx(expected)
     assert isinstance(resolve_damping("auto"), AutomaticDamping)
+    # An ensemble of nine is damped a third as much.
+    nine = fit_preconditioner(got, resolve_damping("auto"), num_checkpoints=9)
+    assert nine.dampings[0] == pytest.approx(trace / 3000)
 
 
 @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), "lots", None, True])

@@ -38,13 +38,21 @@ class TRAK(RunOptions, Attributor):
             raise InputError(f'preconditioner must be "whole" or "per_layer"; got {self.preconditioner!r}')
         run = start_run(self, train_set, checkpoints)
         groups = column_groups(run, self.preconditioner)
-        preconditioners = []
-        for index, model_id in enumerate(run.model_ids):
-            where = f"checkpoint {index + 1} of {len(run.model_ids)}"
-            rows = run.store.rows(model_id)
-            preconditioners.append(
-                fit(rows, damping, groups, device=run.setting.device, where=where, progress=self.progress)
+        fits: dict[str, Any] = {
+            "num_checkpoints": len(run.model_ids),
+            "device": run.setting.device,
+            "progress": self.progress,
+        }
+        preconditioners = [
+            fit(
+                run.store.rows(model_id),
+                damping,
+                groups,
+                where=f"checkpoint {index + 1} of {len(run.model_ids)}",
+                **fits,
             )
+            for index, model_id in enumerate(run.model_ids)
+        ]
         return FittedTRAK(run, damping, tuple(preconditioners), self.preconditioner)
 
 

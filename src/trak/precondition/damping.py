@@ -14,12 +14,13 @@ from trak.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class GroupMoments:
-    """One column group's moments: see `trak.precondition.gram.Moments`."""
+    """One column group's moments: see `trak.precondition.gram.Moments`; and how many checkpoints scores are averaged over."""
 
     gram: Tensor
     cross: Tensor
     num_rows: int
     outputs_square: float
+    num_checkpoints: int = 1
 
 
 class Damping(ABC):

@@ -49,12 +49,15 @@ class Preconditioner:
         return total_R
 
 
-def fit_preconditioner(moments: Moments, damping: Damping, *, where: str = "") -> Preconditioner:
+def fit_preconditioner(
+    moments: Moments, damping: Damping, *, num_checkpoints: int = 1, where: str = ""
+) -> Preconditioner:
     """Factorise ΦᵀΦ + λI for every column group.
 
     Args:
         moments: from `accumulate_moments`.
         damping: the rule for λ.
+        num_checkpoints: M, over which scores will be averaged; a rule may look at it.
         where: names the checkpoint in messages.
 
     Raises:
@@ -63,7 +66,9 @@ def fit_preconditioner(moments: Moments, damping: Damping, *, where: str = "") -
     factors, dampings = [], []
     for group, gram, cross in zip(moments.groups, moments.grams, moments.cross):
         size = gram.shape[0]
-        value = damping.value(GroupMoments(gram, cross, moments.num_rows, moments.outputs_square))
+        value = damping.value(
+            GroupMoments(gram, cross, moments.num_rows, moments.outputs_square, num_checkpoints)
+        )
         if value == 0 and moments.num_rows < size:
             raise SingularGramError(
                 f"the Gram matrix{_at(where, group)} has {size} columns but only {moments.num_rows} training rows, so without damping "
