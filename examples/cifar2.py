@@ -125,7 +125,7 @@ def main() -> None:
         "--damping",
         nargs="+",
         default=["auto"],
-        help="auto, a number, relative:R, or share:S for trace / (S √M)",
+        help="auto, a number, relative:R, or share:S for trace / S",
     )
     add("--preconditioner", default="whole")
     add("--targets", type=int, default=None, help="only the first so many targets")
@@ -137,7 +137,7 @@ def main() -> None:
     for size, damping in itertools.product(options.checkpoints, options.damping):
         settings = {
             "task": "image_classification",
-            "damping": parse_damping(damping),
+            "damping": parse_damping(damping, size),
             "projection": parse_projection(options.projection),
             "preconditioner": options.preconditioner,
             "save_dir": options.save_dir,
@@ -167,11 +167,11 @@ def parse_projection(text: str | None) -> trak.Projection | None:
     return getattr(trak, kind)(dim=int(dim)) if dim else getattr(trak, kind)()
 
 
-def parse_damping(text: str) -> float | str | trak.Damping:
+def parse_damping(text: str, num_checkpoints: int) -> float | str | trak.Damping:
     if text.startswith("relative:"):
         return trak.RelativeDamping(float(text.removeprefix("relative:")))
     if text.startswith("share:"):
-        return trak.AutomaticDamping(share=float(text.removeprefix("share:")))
+        return trak.AutomaticDamping(share=float(text.removeprefix("share:")) / num_checkpoints**0.5)
     return text if text == "auto" else float(text)
 
 

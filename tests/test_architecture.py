@@ -60,8 +60,6 @@ ALLOWED = {
     # Around it: evaluation and report work on values.
     "evaluation": VOCABULARY | {"scores"},
     "report": VOCABULARY,
-    "engines": VOCABULARY | {"pipeline"},
-    "integrations": VOCABULARY,
 }
 # The outer rooms may import anything, and nothing imports them.
 OUTER = {"cli", "demo", "testing", "viewer"}

@@ -78,12 +78,6 @@ def cast(batch: Any, dtype: torch.dtype) -> Any:
     return _map(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
-def concatenate(batches: Sequence[Any]) -> Any:
-    """Batches of the same structure joined along dimension 0."""
-    parts = [flatten(batch)[0] for batch in batches]
-    return flatten(batches[0])[1]([torch.cat(tensors) for tensors in zip(*parts)])
-
-
 def describe(batch: Any) -> str:
     """Structure, shapes and dtypes in one line, for messages."""
     if isinstance(batch, Tensor):

@@ -5,7 +5,6 @@ Are the per-example gradients those of autograd? If not, an error or a fall-back
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,8 @@ from trak.errors import GradientError, InputError, MixedExamplesError, NonFinite
 from trak.gradients.base import Gradients, Outputs, forward, random_state_kept
 from trak.gradients.reference import batch_gradient
 from trak.gradients.swap import lend
+from trak.logs import logger
 from trak.tasks.base import Task
-
-logger = logging.getLogger("trak")
 
 _EXAMPLES = 8
 

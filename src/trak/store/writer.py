@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import TracebackType
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trak.errors import InputError, ProtocolError
+from trak.logs import logger
 from trak.store.encoding import Piece
 from trak.store.layout import ranges_text
 from trak.store.row_folder import RowFolder
@@ -18,8 +18,6 @@ BUFFERED_SHARDS = 4
 """Rows of unfinished shards kept in memory, in shards' worth of rows; beyond it the oldest are spilled."""
 
 _ROWS_SHOWN = 5
-
-_logger = logging.getLogger("trak")
 
 
 class Writer:
@@ -110,7 +108,7 @@ class Writer:
             self.close()
         except Exception as second:
             # The first error is the one to report; this one is most likely its consequence (a full disk).
-            _logger.warning("Rows of %s still in memory could not be kept: %s", self._files.label, second)
+            logger.warning("Rows of %s still in memory could not be kept: %s", self._files.label, second)
         self._closed = True
 
     def _take(self, piece: Piece) -> None:
