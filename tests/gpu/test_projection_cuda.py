@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trak.projection import Gaussian, Identity, Kronecker, Rademacher, Sparse, pieces
+from trak.projection import Gaussian, Identity, Kronecker, Rademacher, Sparse, pieces, tiles
+from trak.projection.kernels.entries import NORMALS, SIGNS
+from trak.projection.kernels.reference import add_by_reference
 from trak.testing.projection import SHAPES, example_blocks
 
 pytestmark = [
@@ -49,3 +51,81 @@ def test_same_features(projection, dtype, small_table, monkeypatch):
         projection.add(on_gpu, replace(block, **tensors), got)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     torch.testing.assert_close(got.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+KEY = (0xDEADBEEF, 0xFEEDFACE)
+# Examples, entries, columns, and the row of the blocks at which the entries start.
+SHAPES_OF_PRODUCTS = [
+    (1, 1, 1, 0),
+    (3, 300, 33, 100),
+    (40, 5000, 200, 7),
+    (64, 128 * 200, 2048, 0),
+    (200, 3001, 4096, 5),
+]
+
+
+def run_kernel(values_Bn, columns, skip, entries):
+    """(what the Triton kernel adds to zeros, what the reference gives in float64 on a CPU)."""
+    from trak.projection.kernels.triton import add_by_triton
+
+    blocks_c = torch.arange(-(-(skip + values_Bn.shape[1]) // 128)) + (1 << 32) - 1
+    options = {"skip": skip, "entries": entries, "key": KEY, "scale": 0.5}
+    out_BK = torch.zeros(len(values_Bn), columns, device="cuda")
+    expected_BK = torch.zeros(len(values_Bn), columns, dtype=torch.float64)
+    add_by_triton(out_BK, values_Bn.cuda(), blocks_c=blocks_c.cuda(), **options)
+    add_by_reference(expected_BK, values_Bn.double(), blocks_c=blocks_c, **options)
+    return out_BK.cpu(), expected_BK
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_PRODUCTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("entries", [SIGNS, NORMALS])
+def test_triton_is_the_reference(entries, dtype, shape):
+    pytest.importorskip("triton")
+    batch_size, count, columns, skip = shape
+    values_Bn = (torch.randn(batch_size, count) * (1e4 if dtype == torch.float16 else 1)).to(dtype)
+    out_BK, expected_BK = run_kernel(values_Bn, columns, skip, entries)
+    size = expected_BK.abs().max()
+    torch.testing.assert_close(out_BK.double() / size, expected_BK / size, rtol=0, atol=3e-6)
+    assert torch.equal(out_BK, run_kernel(values_Bn, columns, skip, entries)[0]), "another run, other bits"
+
+
+def test_triton_draws_the_signs_of_the_cpu():
+    """Every bit of float32 gradients is multiplied by exactly the sign of the CPU."""
+    pytest.importorskip("triton")
+    values_Bn = torch.diag(torch.randn(256))
+    out_BK, expected_BK = run_kernel(values_Bn, 300, 0, SIGNS)
+    assert torch.equal(out_BK.double(), expected_BK)
+
+
+@pytest.mark.parametrize("projection", [Rademacher(2048), Sparse(2048, nonzeros=2)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_two_runs_give_the_same_bits(projection, dtype):
+    from trak.blocks import DenseBlock, IndexBlock
+
+    dense = DenseBlock("w", (700, 300), torch.randn(16, 700, 300, device="cuda").to(dtype))
+    indices = torch.randint(0, 5000, (16, 400), device="cuda")
+    table = IndexBlock("t", (5000, 64), indices, torch.randn(16, 400, 64, device="cuda").to(dtype))
+    results = []
+    for _ in range(3):
+        state = projection.init({"w": (700, 300), "t": (5000, 64)}, device="cuda")
+        out = state.zeros(16)
+        projection.add(state, dense, out)
+        projection.add(state, table, out)
+        results.append(out)
+    assert all(torch.equal(out, results[0]) for out in results)
+
+
+def test_fused_and_unpacked_agree(monkeypatch):
+    pytest.importorskip("triton")
+    projection = Rademacher(1000)
+    state = projection.init(SHAPES, device="cuda")
+    outs = []
+    for kernel in ("triton", "matmul"):
+        monkeypatch.setattr(tiles, "choose_kernel", lambda *args, kernel=kernel: kernel)
+        out = state.zeros(3)
+        for block in example_blocks(dtype=torch.float32):
+            tensors = {field: value.cuda() for field, value in vars(block).items() if torch.is_tensor(value)}
+            projection.add(state, replace(block, **tensors), out)
+        outs.append(out)
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)

@@ -53,7 +53,7 @@ def test_impossible_seed(kind, seed):
         (lambda: from_fingerprint({}), "unknown projection kind None"),
         (
             lambda: from_fingerprint({**Rademacher(4).fingerprint(), "version": 0}),
-            "version 0 .* draws version 1",
+            "version 0 .* draws version 2",
         ),
         (
             lambda: from_fingerprint({"kind": "rademacher", "version": 1, "dim": 4}),

@@ -1,5 +1,7 @@
 """Golden numbers, and their independence of batch, tiles, cache, form of the block and dtype."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -24,16 +26,16 @@ KINDS = [
 # They may change only together with `version`.
 GOLDEN = {
     Rademacher(40): [
-        [1, 1, -1, 1, 1, 1, 1, -1],
-        [-1, -1, 1, 1, 1, 1, -1, 1],
-        [-1, 1, 1, -1, -1, -1, -1, -1],
-        [1, -1, 1, -1, -1, -1, -1, 1],
+        [-1, 1, 1, -1, 1, -1, -1, -1],
+        [1, -1, -1, -1, -1, -1, 1, -1],
+        [1, -1, -1, -1, 1, -1, -1, 1],
+        [1, 1, -1, -1, 1, -1, -1, -1],
     ],
     Gaussian(40): [
-        [0.5337507, -0.5977465, 0.0916852, 0.7583237],
-        [-0.959683, 1.5686842, -0.9196832, 0.6201727],
-        [-0.5825603, 2.884398, 0.8242289, -1.3649192],
-        [-1.5489634, -0.3571547, -0.4426095, -0.6773245],
+        [-1.8511204, 0.2228789, -0.6628287, 0.7806562],
+        [-1.6445463, -1.5418247, 0.0604031, 1.6909781],
+        [-0.5338849, 0.7280815, -1.0554079, -1.4886655],
+        [-1.0505056, 0.5306151, -2.5241473, 0.3565382],
     ],
     Sparse(5): [[0, -1, 0, 0, 0], [0, 0, -1, 0, 0], [0, 0, 0, 0, -1], [-1, 0, 0, 0, 0]],
     Sparse(6, nonzeros=2): [
@@ -42,25 +44,25 @@ GOLDEN = {
         [0, 0, -1, 0, 1, 0],
         [-1, 0, 0, 0, 0, 1],
     ],
-    Kronecker(7): [[1], [1], [1], [-1]],
+    Kronecker(7): [[1], [1], [1], [1]],
     Kronecker(40): [
-        [-0.7071068, 0, 0, 0, 0, -0.7071068, 0, 0],
-        [-0.7071068, 0, 0, 0, 0, 0.7071068, 0, 0],
-        [-0.7071068, 0, 0, 0, 0, -0.7071068, 0, 0],
+        [0.7071068, 0, 0, 0, 0, -0.7071068, 0, 0],
+        [0.7071068, 0, 0, 0, 0, 0.7071068, 0, 0],
+        [0.7071068, 0, 0, 0, 0, 0.7071068, 0, 0],
         [0.7071068, 0, 0, 0, 0, 0.7071068, 0, 0],
     ],
     Rademacher(60, per_layer=True): [
-        [1, 1, -1, 1, 1, 1, 1, -1],
-        [-1, -1, 1, 1, 1, 1, -1, 1],
-        [-1, 1, 1, -1, -1, -1, -1, -1],
-        [1, -1, 1, -1, -1, -1, -1, 1],
+        [-1, 1, 1, -1, 1, -1, -1, -1],
+        [1, -1, -1, -1, -1, -1, 1, -1],
+        [1, -1, -1, -1, 1, -1, -1, 1],
+        [1, 1, -1, -1, 1, -1, -1, -1],
     ],
 }
 
 
 @pytest.mark.parametrize(("projection", "rows"), GOLDEN.items(), ids=lambda value: repr(value)[:40])
 def test_golden_values(projection, rows):
-    assert projection.version == 1
+    assert projection.version == (1 if isinstance(projection, Sparse) else 2)
     state = projection.init(SHAPES, checkpoint=3, dtype=torch.float64)
     matrix = projection.matrix(state, "fc.weight")
     scaled = (
@@ -97,13 +99,31 @@ def test_cache_changes_no_bit(kind):
 def test_tiles_and_pieces_change_no_number(projection, monkeypatch):
     blocks = example_blocks(batch_size=4)
     expected = project(projection, blocks)
-    monkeypatch.setattr(tiles, "tile_rows", lambda columns: 7)
+    monkeypatch.setattr(tiles, "tile_rows", lambda columns: 128)
     monkeypatch.setattr(sparse, "TILE_ENTRIES", 7)
     monkeypatch.setattr(pieces, "PIECE_ENTRIES", 50)
     got = project(projection, blocks)
     if isinstance(projection, (Sparse, Identity)):
         assert torch.equal(got, expected)
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("projection", [Rademacher(33), Rademacher(1024), Gaussian(33)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_tiles_and_odd_pieces(projection, dtype, monkeypatch):
+    """Five tiles, the last one short, and pieces that start anywhere in them."""
+    left, right = (torch.randn(2, 1, 2, size, dtype=dtype) for size in (19, 31))
+    block = OuterBlock("w", (19, 31), left, right)
+    state = projection.init({"w": (19, 31)}, dtype=dtype)
+    expected = block.dense().flatten(1) @ projection.matrix(state, "w")
+    monkeypatch.setattr(tiles, "tile_rows", lambda columns: 128)
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", 2 * 31 * 3)
+    for cache_bytes in (1 << 30, 0):
+        state = replace(projection, cache_bytes=cache_bytes).init({"w": (19, 31)}, dtype=dtype)
+        out = state.zeros(2)
+        projection.add(state, block, out)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("projection", [Sparse(40), Sparse(40, nonzeros=3), Identity()], ids=repr)
@@ -131,6 +151,25 @@ def test_tables_are_projected_without_a_dense_gradient(projection, piece_entries
     if not isinstance(projection, Identity) and "embed" not in _exact_layers(projection):
         monkeypatch.setattr(IndexBlock, "dense", lambda block: pytest.fail("the dense gradient was formed"))
     torch.testing.assert_close(project(projection, [block]), expected, rtol=1e-12, atol=1e-12)
+
+
+SORTED = [Sparse(40), Sparse(40, nonzeros=3), Sparse(60, nonzeros=2, per_layer=True)]
+
+
+@pytest.mark.parametrize("projection", SORTED, ids=repr)
+@pytest.mark.parametrize("small_table", [0, 1 << 18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sorted_sums_are_those_of_scattering(projection, small_table, dtype, monkeypatch):
+    """What runs on CUDA, here on a CPU: several tiles, and pieces that cover them in part."""
+    blocks = example_blocks(batch_size=4, dtype=dtype)
+    expected = project(projection, blocks, dtype=dtype)
+    monkeypatch.setattr(sparse, "sums_sorted", lambda device: True)
+    monkeypatch.setattr(sparse, "SORTED_ENTRIES", 7)
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", 50)
+    monkeypatch.setattr(pieces, "SMALL_TABLE", small_table)
+    got = project(projection, blocks, dtype=dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
 def _exact_layers(projection):

@@ -12,8 +12,9 @@ from torch import Tensor
 from trak.blocks import Block
 from trak.projection.base import Columns, Projection, ProjectionState, Shapes
 from trak.projection.checks import check_cache_bytes, check_integer, require_state
+from trak.projection.kernels.entries import Entries
 from trak.projection.layout import pool
-from trak.projection.tiles import DenseState, Entries, add_dense, dense_matrix, init_dense
+from trak.projection.tiles import DenseState, add_dense, dense_matrix, init_dense
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Dense(Projection):
     @property
     def version(self) -> int:
         """Version of the numbers drawn."""
-        return 1
+        return 2
 
     def columns(self, shapes: Shapes) -> tuple[Columns, ...]:
         """One entry "all", or one for each layer."""

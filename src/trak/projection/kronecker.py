@@ -24,7 +24,7 @@ from trak.projection.checks import (
     resolve_device,
 )
 from trak.projection.layout import Placement, separate
-from trak.projection.philox import Key, derive_key
+from trak.projection.philox import BLOCK_ROWS, Key, derive_key
 from trak.projection.pieces import dense_pieces, upcast
 from trak.projection.signs import draw_packed_signs, unpack_signs
 
@@ -152,7 +152,7 @@ class Kronecker(Projection):
     @property
     def version(self) -> int:
         """Version of the numbers drawn."""
-        return 1
+        return 2
 
     def columns(self, shapes: Shapes) -> tuple[Columns, ...]:
         """One entry for each layer."""
@@ -260,5 +260,5 @@ def _factor(
     """The identity, or random signs: [rows, columns]."""
     if exact:
         return torch.eye(rows, dtype=dtype, device=device)
-    packed = draw_packed_signs(key, torch.arange(rows, device=device), columns)
-    return unpack_signs(packed, columns, dtype).contiguous()
+    packed = draw_packed_signs(key, torch.arange(ceil(rows / BLOCK_ROWS), device=device), columns)
+    return unpack_signs(packed, dtype)[:rows].contiguous()

@@ -69,5 +69,10 @@ def table_pieces(block: IndexBlock) -> Iterator[tuple[Tensor, Tensor]]:
         pairs = order_BT[start:stop]
         values_BuC = block.values.new_zeros(batch_size * rows_u.numel(), columns)
         slots = (pairs // length) * rows_u.numel() + sorted_BT[start:stop] - first
-        values_BuC.index_add_(0, slots, block.values.reshape(-1, columns)[pairs])
+        terms = block.values.reshape(-1, columns)[pairs]
+        if terms.device.type == "cpu":
+            values_BuC.index_add_(0, slots, terms)
+        else:
+            # Sorts, where index_add_ adds atomically in any order.
+            values_BuC.index_put_((slots,), terms, accumulate=True)
         yield rows_u, values_BuC.reshape(batch_size, -1, columns)

@@ -4,25 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from trak.projection.dense import Dense
-from trak.projection.philox import Key
-from trak.projection.signs import draw_packed_signs, reference_signs, unpack_signs
-
-
-class _Signs:
-    """Kept packed, a bit for each entry."""
-
-    def draw(self, key: Key, rows_n: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        return draw_packed_signs(key, rows_n, columns)
-
-    def expand(self, kept: Tensor, columns: int, dtype: torch.dtype, scratch: Tensor) -> Tensor:
-        return unpack_signs(kept, columns, dtype, scratch)
-
-    def reference(self, key: Key, rows_n: Tensor, columns: int) -> Tensor:
-        return reference_signs(key, rows_n, columns)
+from trak.projection.kernels.entries import SIGNS, Entries
 
 
 @dataclass(frozen=True)
@@ -46,6 +29,6 @@ class Rademacher(Dense):
         return "rademacher"
 
     @property
-    def entries(self) -> _Signs:
+    def entries(self) -> Entries:
         """How entries are drawn and kept."""
-        return _Signs()
+        return SIGNS

@@ -27,11 +27,14 @@ from trak.projection.checks import (
 )
 from trak.projection.layout import Placement, pool
 from trak.projection.philox import Key, derive_key, draw_words
-from trak.projection.pieces import PIECE_ENTRIES, dense_pieces, is_large_table, upcast
+from trak.projection.pieces import PIECE_ENTRIES, dense_pieces, is_large_table, table_pieces, upcast
 from trak.projection.tiles import TileCache
 
 TILE_ENTRIES = 4096
 """Entries scattered at once, with signs and columns in cache. It does not change the order of sums."""
+
+SORTED_ENTRIES = 1 << 18
+"""Entries summed at once where they are sorted by column first: enough of them for every column."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +83,8 @@ class Sparse(Projection):
     good as dense signs, Var⟨φ, φ'⟩ = (‖g‖²‖g'‖² + ⟨g, g'⟩² − 2 Σ_i g_i² g'_i²) / K for every `nonzeros` that
     divides K, with heavier tails where a few entries carry most of a gradient; more non-zeros thin the tails.
 
-    On CUDA the order of additions is not fixed, so that the last bits may differ between runs.
+    On a CPU entries are scattered in their order; elsewhere they are sorted by column, and every column summed by
+    itself: no atomics, the same bits in every run.
 
     Args:
         dim: K, at least 1. It may exceed P, except with `per_layer`.
@@ -157,11 +161,13 @@ class Sparse(Projection):
             for first, values_Bn in dense_pieces(block):
                 start = place.start + first
                 out_BK[:, start : start + values_Bn.shape[1]] += values_Bn
-        elif is_large_table(block) and isinstance(block, IndexBlock):
-            _add_table(state, block, out_BK)
-        else:
-            for first, values_Bn in dense_pieces(block):
-                _add_range(state, block.name, first, values_Bn, out_BK)
+            return
+        is_sorted = sums_sorted(state.device)
+        if is_large_table(block) and isinstance(block, IndexBlock):
+            (_add_sorted_table if is_sorted else _add_table)(state, block, out_BK)
+            return
+        for first, values_Bn in dense_pieces(block):
+            (_add_sorted_range if is_sorted else _add_range)(state, block.name, first, values_Bn, out_BK)
 
     def matrix(self, state: ProjectionState, name: str) -> Tensor:
         """The dense [P_name, K] matrix of one parameter."""
@@ -186,6 +192,54 @@ class Sparse(Projection):
             "nonzeros": self.nonzeros,
             "per_layer": self.per_layer,
         }
+
+
+def sums_sorted(device: torch.device) -> bool:
+    """Whether entries are sorted by column: everywhere but on a CPU, where scattering keeps their order anyway."""
+    return device.type != "cpu"
+
+
+def _sort(columns_sn: Tensor, signs_sn: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(entries [s·n] int32 by column, their signs [s·n], where each of the K columns starts [K] int32)."""
+    sorted_N, order_N = columns_sn.flatten().sort(stable=True)
+    bounds_K = torch.arange(columns, device=sorted_N.device)
+    starts_K = torch.searchsorted(sorted_N, bounds_K).int()
+    return (order_N % columns_sn.shape[1]).int(), signs_sn.flatten()[order_N], starts_K
+
+
+def _add_sorted(values_nB: Tensor, tile: tuple[Tensor, Tensor, Tensor], out_BK: Tensor) -> None:
+    """Every column's terms in their order: a bag of rows of the transpose, weighted by signs. No atomics."""
+    entries_N, signs_N, starts_K = tile
+    sums_KB = torch.embedding_bag(values_nB, entries_N, starts_K, False, 0, False, signs_N)[0]
+    out_BK += sums_KB.T
+
+
+def _add_sorted_range(state: SparseState, name: str, first: int, values_Bn: Tensor, out_BK: Tensor) -> None:
+    """`_add_range` by sorted entries; a piece that covers a tile in part is filled up with zeros."""
+    size = prod(state.shapes[name])
+    stop = first + values_Bn.shape[1]
+    for index in range(first // SORTED_ENTRIES, -(-stop // SORTED_ENTRIES)):
+        start = index * SORTED_ENTRIES
+        count = min(SORTED_ENTRIES, size - start)
+
+        def draw(start: int = start, count: int = count) -> tuple[Tensor, Tensor, Tensor]:
+            drawn = state.draw(name, torch.arange(start, start + count, device=state.device))
+            return _sort(*drawn, out_BK.shape[1])
+
+        low, high = max(first, start), min(stop, start + count)
+        values_nB = values_Bn.new_zeros(count, len(values_Bn))
+        values_nB[low - start : high - start] = values_Bn[:, low - first : high - first].T
+        tile = state.cache.get(name, index, draw)
+        _add_sorted(values_nB, (tile[0], tile[1], tile[2]), out_BK)
+
+
+def _add_sorted_table(state: SparseState, block: IndexBlock, out_BK: Tensor) -> None:
+    """`_add_table` by sorted entries: gradients are collected on the rows that the batch touches."""
+    for rows_u, values_BuC in table_pieces(block):
+        width = values_BuC.shape[2]
+        entries_n = (rows_u[:, None] * width + torch.arange(width, device=state.device)).flatten()
+        tile = _sort(*state.draw(block.name, entries_n), out_BK.shape[1])
+        _add_sorted(values_BuC.flatten(1).T.contiguous(), tile, out_BK)
 
 
 def _add_range(state: SparseState, name: str, first: int, values_Bn: Tensor, out_BK: Tensor) -> None:

@@ -2,26 +2,30 @@
 
 A tile is a fixed range of rows of one parameter's matrix; its size depends on K alone, never on the batch.
 Tiles are kept as long as a budget allows, and drawn afresh for every batch beyond it: the numbers are the
-same.
+same. Where a kernel draws in registers there are no tiles.
 
-Legend: B examples, n entries (rows of the matrix), K columns (of the parameter's placement).
+Legend: B examples, n entries (rows of the matrix), K columns (of the parameter's placement), c blocks of 128
+rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod, sqrt
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from trak.blocks import Block, IndexBlock
+from trak.blocks import Block, DenseBlock, IndexBlock
 from trak.projection.base import Projection, ProjectionState, Shapes
 from trak.projection.checks import check_add, check_name, check_state_options, resolve_device
+from trak.projection.kernels.cpu import add_by_tables
+from trak.projection.kernels.dispatch import Kernel, choose_kernel
+from trak.projection.kernels.entries import Entries, Part
+from trak.projection.kernels.matmul import add_by_matmul
 from trak.projection.layout import Placement, pool
-from trak.projection.philox import Key, derive_key
+from trak.projection.philox import BLOCK_ROWS, Key, derive_key
 from trak.projection.pieces import dense_pieces, is_large_table, table_pieces, upcast
 
 TILE_ENTRIES = 1 << 20
@@ -29,8 +33,8 @@ TILE_ENTRIES = 1 << 20
 
 
 def tile_rows(columns: int) -> int:
-    """Rows of a tile of so many columns."""
-    return min(8192, max(64, TILE_ENTRIES // columns))
+    """Rows of a tile of so many columns: whole blocks."""
+    return min(8192, max(BLOCK_ROWS, TILE_ENTRIES // columns // BLOCK_ROWS * BLOCK_ROWS))
 
 
 @dataclass(eq=False)
@@ -51,19 +55,6 @@ class TileCache:
                 self.tiles[name, index] = tile
                 self.used += size
         return tile
-
-
-class Entries(Protocol):
-    """How a kind draws the unscaled entries of its matrix, and in which form it keeps them."""
-
-    def draw(self, key: Key, rows_n: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        """The kept form for rows_n int64 [n] and columns 0 to K - 1."""
-
-    def expand(self, kept: Tensor, columns: int, dtype: torch.dtype, scratch: Tensor) -> Tensor:
-        """[n, K] in `dtype`, valid until `scratch` is used again."""
-
-    def reference(self, key: Key, rows_n: Tensor, columns: int) -> Tensor:
-        """[n, K] by the plainest way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,67 +103,105 @@ def init_dense(
 def add_dense(state: DenseState, entries: Entries, block: Block, out_BK: Tensor) -> None:
     """Add Pᵀ g / sqrt(K) of one block to `out`, P drawn by `entries`."""
     check_add(state, block, out_BK)
-    block = upcast(block, state.dtype)
     place = state.placements[block.name]
+    kernel = choose_kernel(state.device, state.dtype, entries, place.width)
+    # The Triton kernel reads half precision as it is; factors of outer products are raised before they are summed.
+    if place.exact or kernel != "triton" or not isinstance(block, DenseBlock):
+        block = upcast(block, state.dtype)
     target_BK = out_BK[:, place.start : place.stop]
     if place.exact:
         for first, values_Bn in dense_pieces(block):
             target_BK[:, first : first + values_Bn.shape[1]] += values_Bn
         return
-    scratch = torch.empty(tile_rows(place.width) * (place.width + 7), dtype=state.dtype, device=state.device)
+    add = _Adder(state, entries, block.name, target_BK, kernel)
     if is_large_table(block) and isinstance(block, IndexBlock):
-        _add_table(state, entries, block, target_BK, scratch)
+        for rows_u, values_BuC in table_pieces(block):
+            add.blocks(*_whole_blocks(rows_u, values_BuC))
         return
     for first, values_Bn in dense_pieces(block):
-        _add_range(state, entries, block.name, first, values_Bn, target_BK, scratch)
+        add.range(first, values_Bn)
 
 
-def _add_range(
-    state: DenseState,
-    entries: Entries,
-    name: str,
-    first: int,
-    values_Bn: Tensor,
-    target_BK: Tensor,
-    scratch: Tensor,
-) -> None:
-    """Consecutive entries from `first` on, tile by tile."""
-    columns = target_BK.shape[1]
-    size = prod(state.shapes[name])
-    step = tile_rows(columns)
-    stop = first + values_Bn.shape[1]
-    for index in range(first // step, -(-stop // step)):
-        start = index * step
+@dataclass(frozen=True, eq=False)
+class _Adder:
+    """Adds products of gradients with rows of one parameter's matrix to `target`."""
 
-        def draw(start: int = start) -> tuple[Tensor]:
-            rows_n = torch.arange(start, min(start + step, size), device=state.device)
-            return (entries.draw(state.keys[name], rows_n, columns, state.dtype),)
+    state: DenseState
+    entries: Entries
+    name: str
+    target_BK: Tensor
+    kernel: Kernel
 
-        (kept,) = state.cache.get(name, index, draw)
-        tile_nK = entries.expand(kept, columns, state.dtype, scratch)
-        low, high = max(first, start), min(stop, start + step)
-        target_BK.addmm_(
-            values_Bn[:, low - first : high - first],
-            tile_nK[low - start : high - start],
-            alpha=1 / sqrt(columns),
+    def range(self, first: int, values_Bn: Tensor) -> None:
+        """Consecutive entries from `first` on."""
+        if self.kernel == "triton":
+            start, skip = divmod(first, BLOCK_ROWS)
+            stop = -(-(first + values_Bn.shape[1]) // BLOCK_ROWS)
+            self._fused(values_Bn, skip, torch.arange(start, stop, device=self.state.device))
+        else:
+            self._tiled(self._range_parts(first, values_Bn))
+
+    def blocks(self, blocks_c: Tensor, values_Bn: Tensor) -> None:
+        """All rows of some blocks; what is drawn is not kept."""
+        if self.kernel == "triton":
+            self._fused(values_Bn, 0, blocks_c)
+        else:
+            self._tiled(self._block_parts(blocks_c, values_Bn))
+
+    def _fused(self, values_Bn: Tensor, skip: int, blocks_c: Tensor) -> None:
+        from trak.projection.kernels.triton import add_by_triton
+
+        add_by_triton(
+            self.target_BK,
+            values_Bn,
+            skip=skip,
+            entries=self.entries,
+            key=self.state.keys[self.name],
+            blocks_c=blocks_c,
+            scale=1 / sqrt(self.target_BK.shape[1]),
         )
 
+    def _tiled(self, parts: Iterator[Part]) -> None:
+        scale = 1 / sqrt(self.target_BK.shape[1])
+        if self.kernel == "tables":
+            add_by_tables(self.target_BK, parts, scale)
+        else:
+            add_by_matmul(self.target_BK, parts, self.entries, scale)
 
-def _add_table(
-    state: DenseState, entries: Entries, block: IndexBlock, target_BK: Tensor, scratch: Tensor
-) -> None:
-    """An embedding: only the rows of the table that the batch touches are drawn (and not kept)."""
-    columns = target_BK.shape[1]
-    step = tile_rows(columns)
-    width = block.values.shape[2]
-    offsets = torch.arange(width, device=state.device)
-    for rows_u, values_BuC in table_pieces(block):
-        entries_n = (rows_u[:, None] * width + offsets).flatten()
-        values_Bn = values_BuC.flatten(1)
-        for start in range(0, entries_n.numel(), step):
-            kept = entries.draw(state.keys[block.name], entries_n[start : start + step], columns, state.dtype)
-            tile_nK = entries.expand(kept, columns, state.dtype, scratch)
-            target_BK.addmm_(values_Bn[:, start : start + step], tile_nK, alpha=1 / sqrt(columns))
+    def _draw(self, blocks_c: Tensor) -> Tensor:
+        key = self.state.keys[self.name]
+        return self.entries.draw(key, blocks_c, self.target_BK.shape[1], self.state.dtype)
+
+    def _range_parts(self, first: int, values_Bn: Tensor) -> Iterator[Part]:
+        step = tile_rows(self.target_BK.shape[1])
+        blocks = -(-prod(self.state.shapes[self.name]) // BLOCK_ROWS)
+        stop = first + values_Bn.shape[1]
+        for index in range(first // step, -(-stop // step)):
+            start = index * step
+
+            def draw(start: int = start) -> tuple[Tensor]:
+                last = min((start + step) // BLOCK_ROWS, blocks)
+                return (self._draw(torch.arange(start // BLOCK_ROWS, last, device=self.state.device)),)
+
+            (kept,) = self.state.cache.get(self.name, index, draw)
+            low, high = max(first, start), min(stop, start + step)
+            yield Part(values_Bn[:, low - first : high - first], low - start, kept)
+
+    def _block_parts(self, blocks_c: Tensor, values_Bn: Tensor) -> Iterator[Part]:
+        step = tile_rows(self.target_BK.shape[1])
+        for start in range(0, values_Bn.shape[1], step):
+            kept = self._draw(blocks_c[start // BLOCK_ROWS : (start + step) // BLOCK_ROWS])
+            yield Part(values_Bn[:, start : start + step], 0, kept)
+
+
+def _whole_blocks(rows_u: Tensor, values_BuC: Tensor) -> tuple[Tensor, Tensor]:
+    """(blocks [c] int64, gradients [B, 128·c]): rows of a table as the blocks of the matrix that they touch."""
+    batch_size, _, width = values_BuC.shape
+    entries_n = (rows_u[:, None] * width + torch.arange(width, device=rows_u.device)).flatten()
+    blocks_c, slot_n = torch.unique(entries_n // BLOCK_ROWS, return_inverse=True)
+    padded = values_BuC.new_zeros(batch_size, blocks_c.numel() * BLOCK_ROWS)
+    padded[:, slot_n * BLOCK_ROWS + entries_n % BLOCK_ROWS] = values_BuC.flatten(1)
+    return blocks_c, padded
 
 
 def dense_matrix(state: DenseState, entries: Entries, name: str) -> Tensor:
@@ -184,7 +213,7 @@ def dense_matrix(state: DenseState, entries: Entries, name: str) -> Tensor:
     if place.exact:
         out_PK[:, place.start : place.stop] = torch.eye(size, dtype=state.dtype, device=state.device)
     else:
-        rows_P = torch.arange(size, device=state.device)
-        unscaled_PK = entries.reference(state.keys[name], rows_P, place.width).to(state.dtype)
+        blocks_c = torch.arange(-(-size // BLOCK_ROWS), device=state.device)
+        unscaled_PK = entries.reference(state.keys[name], blocks_c, place.width)[:size].to(state.dtype)
         out_PK[:, place.start : place.stop] = unscaled_PK / sqrt(place.width)
     return out_PK

@@ -1,0 +1,138 @@
+"""Projection kernels alone, against their floors: ratios, measured side by side.
+
+    python benchmarks/projection.py [--batch-size 64] [--dim 2048] [--entries 65536] [--rounds 7]
+                                    [--device cpu] [--threads 1] [--out benchmarks/results]
+
+Dense kinds are compared with a matrix product over a float32 matrix that is there already, in slices that fit a
+cache; `Sparse` with one copy of the gradients. Every round measures all cases in turn, so that drift of the machine
+falls on all alike, and medians are reported. With one thread on a CPU, time is the process's own: other load
+does not count, though it still takes caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+import trak
+from trak.blocks import DenseBlock
+from trak.projection import tiles
+from trak.projection.kernels.dispatch import choose_kernel
+from trak.projection.kernels.entries import NORMALS, SIGNS
+
+SLICE = 8192
+
+
+def contenders(values, dim, device):
+    """Name to a function that projects all gradients once; the first is the floor of the dense kinds."""
+    batch_size, entries = values.shape
+    matrix = torch.randn(min(SLICE, entries), dim, device=device)
+    out = torch.zeros(batch_size, dim, device=device)
+
+    def product():
+        for start in range(0, entries, SLICE):
+            part = values[:, start : start + SLICE]
+            out.addmm_(part, matrix[: part.shape[1]])
+
+    copied = torch.empty_like(values)
+    yield "matrix product", product
+    yield "copy", lambda: copied.copy_(values)
+    block = DenseBlock("w", (entries,), values)
+    for projection, kernel in (
+        (trak.Rademacher(dim), None),
+        (trak.Rademacher(dim), "matmul"),
+        (trak.Rademacher(dim, cache_bytes=0), None),
+        (trak.Gaussian(dim, cache_bytes=4 << 30), None),
+        (trak.Sparse(dim), None),
+    ):
+        yield _name(projection, kernel, dim, device), _project(projection, kernel, block, device)
+
+
+def _name(projection, kernel, dim, device):
+    drawn = ", drawn each time" if getattr(projection, "cache_bytes", 1) == 0 else ""
+    if projection.kind == "sparse":
+        return "Sparse"
+    entries = SIGNS if projection.kind == "rademacher" else NORMALS
+    chosen = kernel or choose_kernel(torch.device(device), torch.float32, entries, dim)
+    return f"{type(projection).__name__}, {chosen}{drawn}"
+
+
+def _project(projection, kernel, block, device):
+    state = projection.init({"w": block.shape}, device=device)
+    out = state.zeros(block.batch_size)
+    chosen = tiles.choose_kernel
+
+    def run():
+        tiles.choose_kernel = (lambda *args: kernel) if kernel else chosen
+        try:
+            projection.add(state, block, out)
+        finally:
+            tiles.choose_kernel = chosen
+
+    return run
+
+
+def measure(function, clock, device) -> float:
+    start = clock()
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--entries", type=int, default=65536)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.device == "cpu" and options.threads == 1 else time.perf_counter
+    values = torch.randn(options.batch_size, options.entries, device=options.device)
+    functions = dict(contenders(values, options.dim, options.device))
+    seconds = {name: [] for name in functions}
+    for function in functions.values():
+        measure(function, clock, options.device)
+    for _ in range(options.rounds):
+        for name, function in functions.items():
+            seconds[name].append(measure(function, clock, options.device))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, median in medians.items():
+        floor = medians["copy" if name in ("Sparse", "copy") else "matrix product"]
+        print(f"{name:40s} {1000 * median:10.1f} ms {median / floor:8.2f} x its floor")
+    record = {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "trak": trak.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "clock": clock.__name__,
+        "batch_size": options.batch_size,
+        "dim": options.dim,
+        "entries": options.entries,
+        "rounds": options.rounds,
+        "median_seconds": medians,
+        "least_seconds": {name: min(values) for name, values in seconds.items()},
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"projection-{options.device}-{record['date']}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
