@@ -1,6 +1,7 @@
 """Scores [N, T], read block by block: the matrix need never exist.
 
-Shape legend: N training rows, R rows of one block, T targets, t chosen targets, K projected, M checkpoints, k rows kept.
+Shape legend: N training rows, R rows of one block, T targets, t chosen targets, K projected, M checkpoints, k rows kept,
+P pairs of a row and a target.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from trak.progress import bar
 DEFAULT_BLOCK_ROWS = 4096
 BLOCK_SCORES = 1 << 22
 """Scores in one block at the most (but for the smallest blocks): 16 MiB in float32, however many targets there are."""
+
+PAIRS_AT_ONCE = 1024
+ROWS_PER_READ = 16
+"""Neighbouring rows that are read in about the time of one more call."""
 
 
 class FeatureRows(Protocol):
@@ -83,6 +88,11 @@ class Scores(ABC):
     @abstractmethod
     def select_targets(self, targets: Tensor) -> Scores:
         """The same rows, for some of the targets (positions, [t] int64)."""
+
+    def read_pairs(self, rows_P: Tensor, targets_P: Tensor) -> Tensor:
+        """The scores of some pairs of neighbouring rows and targets, [P]: all rows between the first and the last are read."""
+        first, last = int(rows_P.min()), int(rows_P.max())
+        return self.read(first, last + 1)[rows_P - first, targets_P]
 
     @property
     def num_train(self) -> int:
@@ -147,6 +157,19 @@ class Scores(ABC):
         """The k most negative training rows of each target, most negative first; equal scores by row."""
         return extreme_rows(self, k, largest=False)
 
+    def at(self, rows: Tensor) -> Tensor:
+        """The scores of k rows of each target's own, [T, k], such as a ranking's: `scores.at(ranking.rows)`.
+
+        Only what is near these rows is read, and only these products are formed.
+
+        Args:
+            rows: [T, k] int64, row numbers for each target.
+
+        Raises:
+            InputError: another shape, or rows that are not there.
+        """
+        return _gather_pairs(self, rows)
+
     def soft_threshold(self, threshold: float | Tensor) -> Scores:
         """sign(τ) · max(|τ| − threshold, 0), with one threshold or one for each target [T] (Park et al. 2023, appendix A.2)."""
         return ThresholdedScores(self, _check_threshold(threshold, self.num_targets))
@@ -205,6 +228,22 @@ class KernelScores(Scores):
         weights_R1 = self.weights[start:stop].to(total_RT).unsqueeze(1)
         return total_RT.mul_(weights_R1 / len(self.members)).cpu()
 
+    def read_pairs(self, rows_P: Tensor, targets_P: Tensor) -> Tensor:
+        """The scores of some pairs, [P]: one inner product each, not one for every target."""
+        rows_U, place_P = rows_P.unique(return_inverse=True)
+        total_P: Tensor | None = None
+        for member in self.members:
+            features_UK = _feature_rows(member.rows, rows_U)
+            solved_TK = member.solved_TK.to(features_UK)
+            # In parts, as the pairs' features are copied.
+            parts = zip(place_P.split(PAIRS_AT_ONCE), targets_P.split(PAIRS_AT_ONCE))
+            products_P = torch.cat(
+                [(features_UK[rows] * solved_TK[targets]).sum(1) for rows, targets in parts]
+            )
+            total_P = products_P if total_P is None else total_P + products_P
+        assert total_P is not None
+        return total_P * self.weights[rows_P].to(total_P) / len(self.members)
+
     def select_targets(self, targets: Tensor) -> Scores:
         """The same members with fewer targets."""
         members = tuple(
@@ -261,6 +300,10 @@ class ColumnScores(Scores):
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start to stop, [stop − start, t]."""
         return self.base.read(start, stop)[:, self.targets]
+
+    def read_pairs(self, rows_P: Tensor, targets_P: Tensor) -> Tensor:
+        """The other scores' pairs."""
+        return self.base.read_pairs(rows_P, self.targets[targets_P])
 
     def select_targets(self, targets: Tensor) -> Scores:
         """Some of these columns."""
@@ -382,6 +425,36 @@ def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:
         out[order[low:high]] = block[sorted_rows[low:high] - first]
     assert out is not None
     return out
+
+
+def _feature_rows(source: FeatureRows, rows_U: Tensor) -> Tensor:
+    """Features [U, K] of rising rows: one by one where they are few, else by reading all between them."""
+    first, last = int(rows_U[0]), int(rows_U[-1])
+    if len(rows_U) * ROWS_PER_READ < last - first + 1:
+        return torch.cat([source.read(row, row + 1).features for row in rows_U.tolist()])
+    return source.read(first, last + 1).features[rows_U - first]
+
+
+def _gather_pairs(scores: Scores, rows_Tk: Tensor) -> Tensor:
+    """[T, k] scores of each target's own rows, block by block of the training rows."""
+    if rows_Tk.ndim != 2 or len(rows_Tk) != scores.num_targets or rows_Tk.dtype != torch.int64:
+        raise InputError(
+            f"rows must be [{scores.num_targets} targets, k] int64, such as a ranking's; got {rows_Tk.dtype} {list(rows_Tk.shape)}"
+        )
+    if rows_Tk.numel() and (int(rows_Tk.min()) < 0 or int(rows_Tk.max()) >= scores.num_train):
+        raise InputError(
+            f"rows must lie in [0, {scores.num_train}); got {int(rows_Tk.min())} to {int(rows_Tk.max())}"
+        )
+    sorted_P, order_P = rows_Tk.flatten().sort()
+    targets_P = order_P // max(rows_Tk.shape[1], 1)
+    parts = []
+    for start in range(0, scores.num_train, DEFAULT_BLOCK_ROWS):
+        edges = torch.tensor([start, start + DEFAULT_BLOCK_ROWS])
+        low, high = torch.searchsorted(sorted_P, edges).tolist()
+        if low < high:
+            parts.append(scores.read_pairs(sorted_P[low:high], targets_P[low:high]))
+    values_P = torch.cat(parts) if parts else torch.zeros(0)
+    return torch.empty_like(values_P).index_copy_(0, order_P, values_P).reshape(rows_Tk.shape)
 
 
 def _check_threshold(threshold: float | Tensor, num_targets: int) -> Tensor:

@@ -104,9 +104,9 @@ def test_models_without_finite_outputs_are_not_kept(tmp_path):
     ("changes", "field"),
     [
         ({"seed": 12}, "seed: stored 11, asked for 12"),
-        ({"num_subsets": 6}, "num_subsets: stored 5, asked for 6"),
+        ({"num_subsets": 4}, "num_subsets: stored 5, asked for 4"),
         ({"fraction": 0.25}, r"rows_per_subset: stored \[15, 15\], asked for \[7, 7\]"),
-        ({"models_per_subset": 3}, "models_per_subset"),
+        ({"models_per_subset": 1}, "models_per_subset: stored 2, asked for 1"),
         ({"version": "2"}, "version: stored None, asked for '2'"),
         ({"target_rows": [1, 2, 3]}, "num_targets"),
         ({"keep_models": True}, "keep_models"),

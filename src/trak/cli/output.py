@@ -19,9 +19,14 @@ AsJson = Annotated[
 ]
 
 
+def json_text(values: Any) -> str:
+    """Indented JSON; NaN and infinity become null."""
+    return json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False)
+
+
 def print_json(values: Any) -> None:
-    """Indented JSON on standard output; NaN and infinity become null."""
-    typer.echo(json.dumps(_finite(values), indent=2, ensure_ascii=False, allow_nan=False))
+    """Indented JSON on standard output."""
+    typer.echo(json_text(values))
 
 
 def say(words: str) -> None:

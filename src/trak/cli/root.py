@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from trak._version import __version__
-from trak.cli import attribute, demo, report, store, top
+from trak.cli import attribute, demo, evaluate, frontier, report, store, top
 from trak.cli.groups import Commands
 
 EPILOG = """\b
@@ -55,6 +55,8 @@ def root(
 
 app.command("demo", rich_help_panel="Start here", epilog=demo.EPILOG)(demo.demo)
 app.command("attribute", rich_help_panel="Attribute", epilog=attribute.EPILOG)(attribute.attribute)
+app.command("evaluate", rich_help_panel="Attribute", epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command("frontier", rich_help_panel="Attribute", epilog=frontier.EPILOG)(frontier.frontier)
 app.command("top", rich_help_panel="Look inside", epilog=top.EPILOG)(top.top)
 app.command("report", rich_help_panel="Look inside", epilog=report.EPILOG)(report.report)
 app.add_typer(store.app, name="store", rich_help_panel="Look inside")

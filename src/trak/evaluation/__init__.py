@@ -11,6 +11,8 @@ removal_curve(train, {"trak": attribution.scores}, k=[10, 40])   # retrain witho
 retrieval(attribution.scores, relevant)               # known relevant rows, ranked
 overlap(scores_a, scores_b)                           # agreement between projection seeds
 
+lds(load_scores("theirs.npy", orientation="TN"), masks, outputs)  # what another tool wrote
+
 curve = mislabel_curve(attribution.self_influence(), corrupted)
 curve.auc
 """
@@ -43,6 +45,7 @@ from trak.evaluation.sanity import (
     overlap,
     score_correlation,
 )
+from trak.evaluation.score_files import load_scores
 from trak.evaluation.subsets import half_splits, random_subsets
 
 __all__ = [
@@ -71,6 +74,7 @@ __all__ = [
     "half_splits",
     "lds",
     "load_packed_bank",
+    "load_scores",
     "loo_correlation",
     "mislabel_curve",
     "model_seed",

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trak.errors import InputError
 from trak.evaluation._reading import Rows, as_row_numbers, as_scores, as_tensor_positions, top_rows
-from trak.evaluation._training import Retraining, Train, check_train
+from trak.evaluation._training import Retraining, Train, check_train, keep_in
 from trak.evaluation._values import Floats, check_count
 from trak.progress import bar
 
@@ -52,7 +53,7 @@ class BrittlenessResult:
         max_removed: the largest number of rows that was allowed to go.
         threshold: below it a prediction counts as flipped.
         num_seeds: R.
-        num_trainings: models trained.
+        num_trainings: models needed, those that were kept in a folder included.
     """
 
     flips: tuple[Flip, ...]
@@ -97,6 +98,8 @@ def brittleness(
     threshold: float = 0.0,
     num_seeds: int = 3,
     seed: int = 0,
+    folder: str | Path | None = None,
+    version: str | None = None,
     progress: bool | None = None,
 ) -> BrittlenessResult:
     """The smallest number of highest-scored rows whose removal flips a prediction, searched by retraining.
@@ -122,6 +125,11 @@ def brittleness(
         threshold: see above.
         num_seeds: R. The search trains with the seeds seed, …, seed + R − 1, verification with the R next.
         seed: first training seed.
+        folder: keep each model's outputs there: a run that was killed, or another one that needs some of the same models, goes on
+            from them, whatever its scores. None keeps nothing. `removal_curve` and `brittleness` may share it if they
+            have the same `train`.
+        version: any word for your `train`, of which only the name can be compared: change it when the function changes, and
+            models of the old version are refused.
         progress: True or False to force a progress bar over trainings (their number is not known beforehand);
             None shows one to those who watch.
 
@@ -131,6 +139,8 @@ def brittleness(
     Raises:
         InputError: a wrong argument, or `train` returns something else than [T].
         NonFiniteError: NaN or infinity in scores or outputs.
+        FingerprintError: the folder is of other data or another version.
+        CorruptShardError: a damaged file in the folder.
     """
     check_train(train)
     check_count(num_seeds, "num_seeds", 1)
@@ -145,9 +155,12 @@ def brittleness(
         else as_row_numbers(targets, checked.num_targets, "targets", "target")
     )
     top_tk = top_rows(checked.select_targets(as_tensor_positions(chosen)), max_removed)
+    kept = keep_in(
+        folder, train, num_rows=checked.num_train, num_targets=checked.num_targets, version=version
+    )
     with bar(None, "Retraining", unit="models", enabled=progress) as shown:
         counted = _Counter(shown)
-        models = Retraining(train, checked.num_train, checked.num_targets, counted)
+        models = Retraining(train, checked.num_train, checked.num_targets, counted, kept)
         search, fresh = range(seed, seed + num_seeds), range(seed + num_seeds, seed + 2 * num_seeds)
         full_T = models.without_by_seed(np.zeros(0, dtype=np.int64), search).mean(axis=0)
         flips = tuple(

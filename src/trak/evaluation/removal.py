@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from trak.evaluation._reading import (
     check_ks,
     top_rows,
 )
-from trak.evaluation._training import Retraining, Train, check_train
+from trak.evaluation._training import Retraining, Train, check_train, keep_in
 from trak.evaluation._values import Floats, check_count
 from trak.evaluation.bootstrap import percentile_interval
 from trak.evaluation.estimates import Estimate, crossed_counts
@@ -54,7 +55,7 @@ class RemovalResult:
         full_outputs: f after training on all rows, [R, t] float64.
         num_rows: N.
         num_seeds: R.
-        num_trainings: models trained.
+        num_trainings: models needed, those that were kept in a folder included.
     """
 
     curves: Mapping[str, RemovalCurve]
@@ -85,6 +86,8 @@ def removal_curve(
     num_bootstrap: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
+    folder: str | Path | None = None,
+    version: str | None = None,
     progress: bool | None = None,
 ) -> RemovalResult:
     """Retrains without each target's k highest-scored rows, and reports how its output changes.
@@ -112,6 +115,11 @@ def removal_curve(
         num_bootstrap: resamples for the intervals.
         seed: first training seed, and seed of random removal and of the bootstrap.
         confidence: level of the intervals.
+        folder: keep each model's outputs there: a run that was killed, or another one that needs some of the same models, goes on
+            from them, whatever its scores. None keeps nothing. `removal_curve` and `brittleness` may share it if they
+            have the same `train`.
+        version: any word for your `train`, of which only the name can be compared: change it when the function changes, and
+            models of the old version are refused.
         progress: True or False to force a progress bar over trainings; None shows one to those who watch.
 
     Returns:
@@ -120,6 +128,8 @@ def removal_curve(
     Raises:
         InputError: a wrong argument, scores of different shapes, or `train` returns something else than [T].
         NonFiniteError: NaN or infinity in scores or outputs.
+        FingerprintError: the folder is of other data or another version.
+        CorruptShardError: a damaged file in the folder.
     """
     check_train(train)
     for value, name in ((num_seeds, "num_seeds"), (num_bootstrap, "num_bootstrap")):
@@ -137,8 +147,9 @@ def removal_curve(
     num_trainings = num_seeds * (1 + len(ks) * (len(chosen) * len(methods) + random))
     positions = as_tensor_positions(chosen)
     tops = {name: top_rows(one.select_targets(positions), ks[-1]) for name, one in methods.items()}
+    kept = keep_in(folder, train, num_rows=num_rows, num_targets=num_targets, version=version)
     with bar(num_trainings, "Retraining", unit="models", enabled=progress) as shown:
-        models = Retraining(train, num_rows, num_targets, shown)
+        models = Retraining(train, num_rows, num_targets, shown, kept)
         full_Rt = models.without_by_seed(np.zeros(0, dtype=np.int64), seeds)[:, chosen]
         changes = {name: _without_top(models, top, ks, chosen, seeds) - full_Rt for name, top in tops.items()}
         if random:

@@ -9,17 +9,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from trak.errors import CorruptShardError
-from trak.store.folder import STALE_AFTER_S, Folder, Spec, TensorFile
+from trak.files import (
+    STALE_AFTER_S,
+    TEMPORARY_PREFIX,
+    flush_folder,
+    temporary_path,
+    write_flushed,
+    write_whole,
+)
+from trak.store.folder import Folder, Spec, TensorFile
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
-_TEMPORARY_PREFIX = ".tmp-"
 _NO_HARD_LINKS = {
     errno.EPERM,
     errno.ENOTSUP,
@@ -97,9 +103,10 @@ class DiskFolder(Folder):
     def create_text(self, name: str, text: str) -> bool:
         """Write to a temporary name, then link: of several processes exactly one wins."""
         self._make()
-        temporary, target = self._temporary(name), self._path / name
+        target = self._path / name
+        temporary = temporary_path(target)
         try:
-            _write_flushed(temporary, text.encode())
+            write_flushed(temporary, text.encode())
             try:
                 # A hard link fails where the name is taken: of several processes exactly one wins.
                 os.link(temporary, target)
@@ -112,7 +119,7 @@ class DiskFolder(Folder):
                     return False
         finally:
             temporary.unlink(missing_ok=True)
-        _flush_folder(self._path)
+        flush_folder(self._path)
         return True
 
     def read_text(self, name: str) -> str | None:
@@ -125,16 +132,7 @@ class DiskFolder(Folder):
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write to a temporary name, flush, rename, flush the folder."""
         self._make()
-        temporary = self._temporary(name)
-        try:
-            _write_flushed(temporary, save(dict(tensors), dict(metadata)))
-            os.replace(temporary, self._path / name)
-        except BaseException:
-            # A disk that is full must not also keep the half of a file that no one will read.
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        _flush_folder(self._path)
+        write_whole(self._path / name, save(dict(tensors), dict(metadata)))
 
     @contextmanager
     def open(self, name: str) -> Iterator[DiskTensorFile]:
@@ -153,7 +151,7 @@ class DiskFolder(Folder):
 
     def temporaries(self) -> list[str]:
         """Names of temporary files."""
-        return sorted(name for name in self._scan(folders=False) if name.startswith(_TEMPORARY_PREFIX))
+        return sorted(name for name in self._scan(folders=False) if name.startswith(TEMPORARY_PREFIX))
 
     def remove_stale(self, older_than_s: float = STALE_AFTER_S) -> list[str]:
         """Remove temporary files by age. A living writer that lost one would fail at its rename."""
@@ -166,9 +164,6 @@ class DiskFolder(Folder):
                     path.unlink()
                     removed.append(name)
         return removed
-
-    def _temporary(self, name: str) -> Path:
-        return self._path / f"{_TEMPORARY_PREFIX}{os.getpid()}-{uuid4().hex[:12]}-{name}"
 
     def _scan(self, *, folders: bool) -> list[str]:
         try:
@@ -186,14 +181,7 @@ class DiskFolder(Folder):
             path = path.parent
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
-            _flush_folder(path.parent)
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+            flush_folder(path.parent)
 
 
 def _create_exclusively(path: Path, data: bytes) -> bool:
@@ -206,22 +194,6 @@ def _create_exclusively(path: Path, data: bytes) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _flush_folder(path: Path) -> None:
-    """Make the names in a folder durable. Windows has no such call; its renames are journalled."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems refuse to flush a folder: nothing more can
-        # be done there.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _corrupt(path: Path, error: Exception) -> str:

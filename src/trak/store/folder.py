@@ -11,11 +11,10 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
+from trak.files import STALE_AFTER_S
+
 Spec = tuple[str, tuple[int, ...]]
 """Dtype (as torch names it, without the "torch.") and shape of a tensor."""
-
-STALE_AFTER_S = 3600.0
-"""Temporary files untouched for this long belong to writers that are gone: a file takes seconds to write."""
 
 
 class TensorFile(ABC):

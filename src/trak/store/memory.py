@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from trak.store.folder import STALE_AFTER_S, Folder, Spec, TensorFile
+from trak.files import STALE_AFTER_S
+from trak.store.folder import Folder, Spec, TensorFile
 
 
 class MemoryTensorFile(TensorFile):

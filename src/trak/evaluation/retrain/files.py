@@ -1,45 +1,24 @@
-"""Files that are there whole or not at all: temporary name in the same folder, flush, rename, flush."""
+"""Small files of tensors that are there whole or not at all, for what a run that was killed goes on from."""
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from trak.errors import CorruptShardError, StoreError
-
-TEMPORARY_PREFIX = ".tmp-"
-STALE_AFTER_S = 3600.0
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically and durably, replacing what was there. Its folder must exist."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{uuid4().hex[:12]}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
+from trak.files import STALE_AFTER_S, TEMPORARY_PREFIX, write_whole
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically. Tensors that share memory are written once each."""
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_bytes(path, save(copies, dict(metadata)))
+    write_whole(path, save(copies, dict(metadata)))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -68,24 +47,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise StoreError(f"{path} is no folder ({error}). Give another folder for the bank.") from error
+        raise StoreError(f"{path} is no folder ({error}). Give another folder.") from error
     for temporary in path.glob(f"{TEMPORARY_PREFIX}*"):
         # Another process may remove it at the same moment.
         with suppress(FileNotFoundError):
             if time.time() - temporary.stat().st_mtime > STALE_AFTER_S:
                 temporary.unlink()
-
-
-def _flush_folder(path: Path) -> None:
-    """Make the names in a folder durable; Windows has no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems refuse to flush a folder.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,9 @@ from trak.evaluation._values import as_array, as_masks, check_axis, check_count
 from trak.evaluation.retrain.randomness import model_seed
 from trak.evaluation.subsets import random_subsets
 
+GROWING = ("num_subsets", "models_per_subset", "masks", "rows_per_subset")
+"""Settings that change where a bank is made larger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -94,10 +97,26 @@ class Plan:
             **self.recipe,
         }
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the settings, in hexadecimal; every file of a model carries it."""
-        text = json.dumps(self.settings(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def extends(self, stored: Mapping[str, Any]) -> bool:
+        """Whether this is the plan of the stored settings with more subsets, more models per subset, or both.
+
+        The models of the smaller plan are then models of this one: a subset and a seed depend on the numbers of subset and
+        repeat, not on how many there are.
+        """
+        asked, sizes = self.settings(), ("num_subsets", "models_per_subset")
+        if set(asked) != set(stored) or any(
+            asked[name] != stored[name] for name in asked if name not in GROWING
+        ):
+            return False
+        if any(not isinstance(stored[name], int) or stored[name] > asked[name] for name in sizes):
+            return False
+        prefix = self.masks[: stored["num_subsets"]]
+        return bool(_digest(np.packbits(prefix.numpy(), axis=1)) == stored["masks"])
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of settings, in hexadecimal; every file of a model carries it."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def make_plan(

@@ -1,6 +1,6 @@
 """Outputs of the models that are done: in memory, or a small file each in a folder that can be gone on with.
 
-FOLDER/retrain.json                            the settings
+FOLDER/retrain.json                            the settings; "earlier": those of the smaller banks that it was made from
 FOLDER/subset-00003-model-0.safetensors        outputs of a finished model
 FOLDER/subset-00003-model-0.state.safetensors  its parameters, if they are kept; written first
 FOLDER/bank.safetensors                        everything, once every model is there
@@ -22,8 +22,12 @@ from trak.errors import CorruptShardError, FingerprintError, InputError, NonFini
 from trak.evaluation._values import as_array
 from trak.evaluation.retrain.bank import BANK_FILE, SETTINGS_FILE, Bank, as_target_rows
 from trak.evaluation.retrain.errors import RetrainError
-from trak.evaluation.retrain.files import make_folder, read_tensors, write_bytes, write_tensors
-from trak.evaluation.retrain.plan import Job, Plan
+from trak.evaluation.retrain.files import make_folder, read_tensors, write_tensors
+from trak.evaluation.retrain.plan import GROWING, Job, Plan, fingerprint
+from trak.files import write_whole
+from trak.logs import logger
+
+EARLIER = "earlier"
 
 
 class Results:
@@ -47,7 +51,8 @@ class Results:
         self._lock = threading.Lock()
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._num_targets = None if plan.target_rows is None else len(plan.target_rows)
-        self._fingerprint = plan.fingerprint()
+        self._fingerprint = fingerprint(plan.settings())
+        self._accepted = {self._fingerprint}
         if self._folder is not None:
             self._open(self._folder)
 
@@ -94,7 +99,7 @@ class Results:
             target_rows=as_target_rows(plan.target_rows, outputs.shape[1]),
             models=[self._state_file(folder, job) for job in jobs] if plan.keep_models and folder else [],
         )
-        if folder is not None and not (folder / BANK_FILE).is_file():
+        if folder is not None and not _is_saved(bank, folder):
             bank.save(folder)
         return bank
 
@@ -109,8 +114,21 @@ class Results:
                 )
             # Of two runs that begin at the same moment the last one's stays; the fingerprint in each model's file
             # tells theirs apart.
-            write_bytes(file, json.dumps(asked, indent=1).encode())
-        _refuse_difference(folder, _read_settings(file), asked)
+            write_whole(file, json.dumps(asked, indent=1).encode())
+        stored = _read_settings(file)
+        earlier = stored.pop(EARLIER, [])
+        if stored != asked and self._plan.extends(stored):
+            earlier = [*earlier, stored]
+            # The smaller bank stays readable until the larger one is there.
+            write_whole(file, json.dumps({**asked, EARLIER: earlier}, indent=1).encode())
+            logger.info(
+                "retrain: the bank in %s is made larger, from %d × %d to %d × %d models",
+                *(folder, stored["num_subsets"], stored["models_per_subset"]),
+                *(asked["num_subsets"], asked["models_per_subset"]),
+            )
+        else:
+            _refuse_difference(folder, stored, asked)
+        self._accepted |= {fingerprint(settings) for settings in earlier}
         for job in self._plan.jobs():
             path = folder / f"{job.name}.safetensors"
             if path.is_file() and (not self._plan.keep_models or self._state_file(folder, job).is_file()):
@@ -118,7 +136,7 @@ class Results:
 
     def _read(self, path: Path, job: Job) -> Tensor:
         tensors, metadata = read_tensors(path)
-        if metadata.get("fingerprint") != self._fingerprint:
+        if metadata.get("fingerprint") not in self._accepted:
             raise FingerprintError(
                 f"{path} was made with other settings than {SETTINGS_FILE} beside it says. It was put there from "
                 "another bank, or two runs with different settings began at once. Remove it and run again."
@@ -192,15 +210,22 @@ def _refuse_difference(folder: Path, stored: Mapping[str, Any], asked: Mapping[s
         for name in names
         if name not in stored or name not in asked or stored[name] != asked[name]
     ]
-    if lines:
-        raise FingerprintError(
-            "\n".join(
-                [
-                    f"The bank in {folder} was begun with other settings than those asked for:",
-                    "",
-                    *lines,
-                    "",
-                    "Models of different settings do not make one bank. Give another folder, or the stored settings.",
-                ]
-            )
-        )
+    if not lines:
+        return
+    differing = {name for name in names if stored.get(name) != asked.get(name)}
+    smaller = differing <= set(GROWING) and all(
+        isinstance(stored.get(name), int) and asked[name] <= stored[name]
+        for name in ("num_subsets", "models_per_subset")
+    )
+    advice = (
+        "A bank is made larger by asking for more, never smaller: read it by Bank.load, and take a part by .subset()."
+        if smaller
+        else "Models of different settings do not make one bank. Give another folder, or the stored settings."
+    )
+    begun = f"The bank in {folder} was begun with other settings than those asked for:"
+    raise FingerprintError("\n".join([begun, "", *lines, "", advice]))
+
+
+def _is_saved(bank: Bank, folder: Path) -> bool:
+    """Whether the folder's finished bank is this one, and not the smaller one that it was before."""
+    return (folder / BANK_FILE).is_file() and Bank.load(folder).outputs.shape == bank.outputs.shape

@@ -49,6 +49,10 @@ def retrain(
     killed goes on where it stopped, and loses only the models that were in training. The bank is the same as
     that of an uninterrupted run if `train` depends on nothing but its arguments.
 
+    A bank is made larger by asking for more with the same folder: a larger num_subsets or models_per_subset, or masks
+    that begin with those of before. Only the new models are trained, and the bank is the same as if it had been asked for
+    at once. Until they are there, `Bank.load(folder)` gives the smaller bank.
+
     Seeds are `model_seed(seed, subset, repeat)`, whatever the number of workers. The random generators that all
     threads share (torch's, NumPy's, `random`) are put back at the end. With one worker they are seeded anew for
     each model, so `train` may draw from them. With more, threads would disturb one another: a model is refused if
@@ -84,7 +88,7 @@ def retrain(
         RetrainError: `train` or `outputs` raised (chained), or outputs are not [T]. Names the subset and the seed; models in
             training in other threads are finished and kept.
         NonFiniteError: NaN or infinity in a model's outputs.
-        FingerprintError: the folder is of a bank with other settings; the message has each difference.
+        FingerprintError: the folder is of a larger bank, or of one with other settings; the message has each difference.
         CorruptShardError: a damaged file in the folder.
         InputError: a bad argument.
     """
