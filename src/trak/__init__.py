@@ -29,17 +29,30 @@ from trak.errors import (
     UnsupportedLayerError,
 )
 from trak.gradients import Auto, Functional, Gradients, Hooked, Reference
+from trak.methods.arnoldi import ArnoldiInfluence
 from trak.methods.base import Attributor, FittedAttributor
+from trak.methods.bm25 import BM25
 from trak.methods.datamodel import Datamodel
+from trak.methods.ekfac import EKFACInfluence
 from trak.methods.empirical_influence import EmpiricalInfluence
 from trak.methods.gradient_similarity import GradientSimilarity
 from trak.methods.influence_function import InfluenceFunction
 from trak.methods.knn_shapley import KNNShapley
+from trak.methods.lissa import LiSSAInfluence
+from trak.methods.monte_carlo_shapley import TruncatedMonteCarloShapley
 from trak.methods.random import RandomScores
 from trak.methods.representation_similarity import RepresentationSimilarity
 from trak.methods.tracin import TracIn
 from trak.methods.trak import TRAK
-from trak.precondition import AutomaticDamping, Damping, FixedDamping, RelativeDamping
+from trak.precondition import (
+    AutomaticDamping,
+    CrossValidationDamping,
+    Damping,
+    EffectiveDimensionDamping,
+    EvidenceDamping,
+    FixedDamping,
+    RelativeDamping,
+)
 from trak.projection import Gaussian, Identity, Kronecker, Projection, Rademacher, Sparse
 from trak.results import Attribution, Groups
 from trak.scores import ArrayScores, Ranking, Scores
@@ -47,7 +60,9 @@ from trak.tasks import CustomTask, ImageClassification, Regression, Task, TextCl
 from trak.traker import TRAKer
 
 __all__ = [
+    "BM25",
     "TRAK",
+    "ArnoldiInfluence",
     "ArrayScores",
     "Attribution",
     "Attributor",
@@ -55,10 +70,14 @@ __all__ = [
     "AutomaticDamping",
     "CheckpointError",
     "CorruptShardError",
+    "CrossValidationDamping",
     "CustomTask",
     "Damping",
     "Datamodel",
+    "EKFACInfluence",
+    "EffectiveDimensionDamping",
     "EmpiricalInfluence",
+    "EvidenceDamping",
     "FingerprintError",
     "FittedAttributor",
     "FixedDamping",
@@ -75,6 +94,7 @@ __all__ = [
     "InputError",
     "KNNShapley",
     "Kronecker",
+    "LiSSAInfluence",
     "MissingDependencyError",
     "MissingRowsError",
     "MixedExamplesError",
@@ -99,6 +119,7 @@ __all__ = [
     "TextClassification",
     "TracIn",
     "TrakError",
+    "TruncatedMonteCarloShapley",
     "UnsupportedLayerError",
     "__version__",
     "attribute",

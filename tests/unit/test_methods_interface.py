@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 import trak
+from trak.methods.arnoldi import ArnoldiInfluence
 from trak.methods.datamodel import Datamodel
+from trak.methods.ekfac import EKFACInfluence
 from trak.methods.empirical_influence import EmpiricalInfluence
 from trak.methods.influence_function import InfluenceFunction
 from trak.methods.knn_shapley import KNNShapley
+from trak.methods.lissa import LiSSAInfluence
+from trak.methods.monte_carlo_shapley import TruncatedMonteCarloShapley
 from trak.methods.representation_similarity import RepresentationSimilarity
 from trak.methods.tracin import TracIn
 
@@ -21,23 +25,31 @@ TRAIN = (torch.randn(N, 4), torch.randint(3, (N,)))
 TARGETS = (torch.randn(T, 4), torch.randint(3, (T,)))
 STATES = [{name: value + 0.1 * index for name, value in MODEL.state_dict().items()} for index in range(2)]
 NETWORK = {"model": MODEL, "task": "image_classification"}
+TEXTS = [f"word{index} word{index % 3} word{index % 5}" for index in range(N)]
 BANK = {"masks": trak.evaluation.random_subsets(N, S), "outputs": torch.randn(S, T)}
 METHODS = {
     "TracIn": TracIn(**NETWORK, learning_rates=(0.1, 0.2)),
     "GAS": TracIn(**NETWORK, normalise=True),
     "influence": InfluenceFunction(**NETWORK, damping=0.1),
+    "EK-FAC": EKFACInfluence(**NETWORK),
+    "K-FAC": EKFACInfluence(**NETWORK, factors="kfac", fisher="exact"),
+    "Arnoldi": ArnoldiInfluence(**NETWORK, rank=5),
+    "LiSSA": LiSSAInfluence(**NETWORK, damping=0.1, depth=5),
     "representation": RepresentationSimilarity(**NETWORK, similarity="euclidean"),
     "KNN-Shapley": KNNShapley(**NETWORK),
     "empirical": EmpiricalInfluence(**BANK),
     "datamodel": Datamodel(**BANK),
+    "Shapley": TruncatedMonteCarloShapley(train=lambda rows, targets: rows.sum().expand(T), permutations=2),
+    "random": trak.RandomScores(),
 }
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [*METHODS, "BM25"])
 def test_attributions_rank_save_and_load(name, tmp_path):
-    method = METHODS[name]
+    method = (METHODS | {"BM25": trak.BM25()})[name]
     assert isinstance(method, trak.Attributor)
-    attribution = method.fit(TRAIN, STATES).attribute(TARGETS)
+    train, targets = (TEXTS, TEXTS[:T]) if name == "BM25" else (TRAIN, TARGETS)
+    attribution = method.fit(train, STATES).attribute(targets)
     scores = attribution.scores.tensor()
     assert attribution.scores.shape == scores.shape == (N, T)
     assert scores.isfinite().all()

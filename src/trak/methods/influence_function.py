@@ -42,7 +42,8 @@ class InfluenceFunction(RunOptions, Attributor):
     for regression. Positive: the example's presence raises f(z). The scores estimate changes of f themselves, not only their order.
 
     Each target needs a solve by conjugate gradients over all attributed parameters, each step of which reads the training set, and
-    all P numbers of each example's gradient are kept: for small models, or for a few layers (`parameters=`).
+    all P numbers of each example's gradient are kept: for small models, or for a few layers (`parameters=`). For larger ones see
+    `EKFACInfluence`, `ArnoldiInfluence` and `LiSSAInfluence`.
 
     Attributes:
         damping: λ, in the units of the mean loss's second derivative. Weight decay of wd/2 ‖θ‖² in training adds wd to it.
