@@ -30,6 +30,7 @@ def attribute(
     projection: Projection | None = None,
     damping: float | str | Damping = "auto",
     preconditioner: str = "whole",
+    weight_exponent: float | None = None,
     parameters: Parameters = None,
     gradients: Gradients | str = "auto",
     save_dir: str | Path | None = None,
@@ -43,10 +44,10 @@ def attribute(
 ) -> Attribution:
     """Which training examples made the model do this? TRAK scores of every training example for every target.
 
-        τ(z)_i = [ 1/M Σ_m φ_m(z)ᵀ (Φ_mᵀΦ_m + λ_m I)⁻¹ φ_m(z_i) ] · [ 1/M Σ_m q_m,i ]
+        τ(z)_i = [ 1/M Σ_m φ_m(z)ᵀ (Φ_mᵀΦ_m + λ_m I)⁻¹ φ_m(z_i) ] · [ 1/M Σ_m q_m,i^γ ]
 
     with φ_m the projected gradient of the model output f at checkpoint m and q the derivative of the training loss with respect to f
-    (Park et al. 2023, arXiv 2303.14186, equation 17). Scores carry the units of f.
+    (Park et al. 2023, arXiv 2303.14186, equation 17, which has γ = 1). More choices: `trak.TRAK`.
 
     Args:
         model: the architecture; its parameters, flags, hooks and mode are the same afterwards.
@@ -58,6 +59,8 @@ def attribute(
         projection: how gradients are compressed, e.g. `trak.Sparse(dim=4096, seed=0)`; None for the default for this model's size.
         damping: λ ≥ 0 as a number in units of squared gradient norm, `trak.RelativeDamping(ratio)` of the mean eigenvalue, or "auto".
         preconditioner: "whole" for the paper's K × K Gram matrix, "per_layer" for one block for each layer.
+        weight_exponent: γ, by default 1/2 for losses of a probability (classification) and 1 otherwise. The square root predicts retrained
+            networks better, see design/defaults.md; 1 is the paper's formula, in units of f, and right for convex models.
         parameters: which parameters to attribute through: names, patterns ("encoder.*"), or a predicate (name, parameter) -> bool;
             None for those that require gradients.
         gradients: "auto", "hooked", "functional", "reference", or an object such as `trak.Functional(chunk_size=8)`.
@@ -84,6 +87,7 @@ def attribute(
         projection=projection,
         damping=damping,
         preconditioner=preconditioner,
+        weight_exponent=weight_exponent,
         parameters=parameters,
         gradients=gradients,
         save_dir=save_dir,

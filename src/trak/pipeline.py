@@ -204,9 +204,20 @@ def fit(
     num_checkpoints: int,
     device: torch.device,
     where: str,
+    gram: str = "uniform",
     progress: bool | None = None,
 ) -> Preconditioner:
     """The preconditioner of one checkpoint's training features, one of `num_checkpoints`; the Gram is kept in the store.
+
+    Args:
+        rows: the checkpoint's training rows.
+        damping: the rule for λ.
+        groups: column slices that are preconditioned apart.
+        num_checkpoints: M.
+        device: where products are formed.
+        where: names the checkpoint in messages.
+        gram: "uniform" for ΦᵀΦ, "logistic" for ΦᵀRΦ with R = q (1 − q), the second derivative of the log loss.
+        progress: as in `trak.attribute`.
 
     Raises:
         MissingRowsError: some rows are not there.
@@ -222,7 +233,7 @@ def fit(
     features_dtype = rows.read(0, 1).features.dtype
     # Without damping the small eigenvalues count, and float32 products drown them.
     product_dtype = torch.float64 if undamped or features_dtype == torch.float64 else torch.float32
-    moments = _moments(rows, groups, product_dtype, device, where, progress)
+    moments = _moments(rows, groups, gram, product_dtype, device, where, progress)
     return fit_preconditioner(moments, damping, num_checkpoints=num_checkpoints, where=where)
 
 
@@ -231,21 +242,30 @@ def score(
     model_ids: Sequence[int],
     experiment: str,
     preconditioners: Sequence[Preconditioner],
+    weights: tuple[Tensor, ...],
     *,
     device: torch.device,
     progress: bool | None = None,
 ) -> KernelScores:
     """Scores [N, T] over some checkpoints, to be computed where they are read.
 
+    Args:
+        store: with features of the training set and of the experiment's targets.
+        model_ids: the checkpoints.
+        experiment: the targets' name.
+        preconditioners: of each checkpoint.
+        weights: of each checkpoint's training examples, [N] each.
+        device: where products are formed.
+        progress: as in `trak.attribute`.
+
     Raises:
         MissingRowsError: some training or target rows are not there.
     """
-    members, weights = [], []
+    members = []
     for model_id, preconditioner in zip(model_ids, preconditioners):
         train, targets = store.rows(model_id), store.rows(model_id, experiment)
         features_TK = targets.read(0, targets.num_rows).features
         members.append(Member(train, preconditioner.solve(features_TK).to(features_TK.dtype).cpu()))
-        weights.append(train.weights())
     return KernelScores(tuple(members), torch.stack(weights).mean(0), device, progress)
 
 
@@ -253,42 +273,55 @@ def self_influence(
     store: Store,
     model_ids: Sequence[int],
     preconditioners: Sequence[Preconditioner],
+    weights: tuple[Tensor, ...],
     *,
     progress: bool | None = None,
 ) -> Tensor:
     """τ(z_i)_i = [1/M Σ_m φ_m(z_i)ᵀ(Φ_mᵀΦ_m + λ_m I)⁻¹φ_m(z_i)] · q̄_i, [N] float64."""
     total_N = torch.zeros(store.header.num_rows, dtype=torch.float64)
-    weights_N = torch.zeros_like(total_N)
-    with bar(len(total_N) * len(model_ids), "Self-influence", enabled=progress, delay=2.0) as shown:
-        for model_id, preconditioner in zip(model_ids, preconditioners):
-            rows = store.rows(model_id)
-            weights_N += rows.weights().double()
-            for block in rows.blocks():
-                total_N[block.start : block.stop] += preconditioner.leverage(block.features).cpu()
-                shown.update(block.stop - block.start)
-    return total_N * weights_N / len(model_ids) ** 2
+    for model_id, preconditioner in zip(model_ids, preconditioners):
+        total_N += leverages(store.rows(model_id), preconditioner, progress=progress)
+    return total_N / len(model_ids) * torch.stack(weights).double().mean(0)
+
+
+def leverages(
+    rows: RowSet, preconditioner: Preconditioner, *, gram: str = "uniform", progress: bool | None = None
+) -> Tensor:
+    """φᵀ (ΦᵀΦ + λI)⁻¹ φ of each training row, [N] float64; times R = q (1 − q) for the logistic Gram, whose hat matrix has it."""
+    total_N = torch.zeros(rows.num_rows, dtype=torch.float64)
+    with bar(rows.num_rows, "Self-influence", enabled=progress, delay=2.0) as shown:
+        for block in rows.blocks():
+            leverage_R = preconditioner.leverage(block.features).cpu()
+            if gram == "logistic":
+                leverage_R = leverage_R * (block.weights * (1 - block.weights)).double()
+            total_N[block.start : block.stop] = leverage_R
+            shown.update(block.stop - block.start)
+    return total_N
 
 
 def has_moments(rows: RowSet, groups: Sequence[tuple[int, int]]) -> bool:
     """Whether `fit` was done for these rows, in this process or another."""
     return any(
-        rows.derived(_moments_name(groups, dtype)) is not None for dtype in (torch.float32, torch.float64)
+        rows.derived(_moments_name(groups, "uniform", dtype)) is not None
+        for dtype in (torch.float32, torch.float64)
     )
 
 
-def _moments_name(groups: Sequence[tuple[int, int]], product_dtype: torch.dtype) -> str:
-    return f"moments-{'whole' if len(groups) == 1 else 'layers'}-{str(product_dtype).removeprefix('torch.')}"
+def _moments_name(groups: Sequence[tuple[int, int]], gram: str, product_dtype: torch.dtype) -> str:
+    parts = ["moments", "whole" if len(groups) == 1 else "layers", str(product_dtype).removeprefix("torch.")]
+    return "-".join(parts if gram == "uniform" else [*parts, gram])
 
 
 def _moments(
     rows: RowSet,
     groups: Sequence[tuple[int, int]],
+    gram: str,
     product_dtype: torch.dtype,
     device: torch.device,
     where: str,
     progress: bool | None,
 ) -> Moments:
-    name = _moments_name(groups, product_dtype)
+    name = _moments_name(groups, gram, product_dtype)
     kept = rows.derived(name)
     if kept is not None:
         grams = tuple(kept[f"gram.{index}"].to(device) for index in range(len(groups)))
@@ -300,7 +333,11 @@ def _moments(
 
         def blocks() -> Any:
             for block in rows.blocks():
-                yield block.features, block.outputs
+                if gram == "logistic":
+                    root_R = (block.weights * (1 - block.weights)).clamp_min(0).sqrt()
+                    yield block.features * root_R.to(block.features).unsqueeze(1), block.outputs * root_R
+                else:
+                    yield block.features, block.outputs
                 shown.update(block.features.shape[0])
 
         moments = accumulate_moments(blocks(), groups, product_dtype=product_dtype, device=device)

@@ -30,6 +30,7 @@ from trak.methods.runs import (
     resolve_setting,
 )
 from trak.methods.trak import stored_attribution
+from trak.methods.weights import member_weights, resolve_exponent
 from trak.pipeline import Projector, fit, has_moments, prepare, verify
 from trak.precondition import Damping, FixedDamping, resolve_damping
 from trak.projection import Projection
@@ -86,6 +87,7 @@ class TRAKer:
         grad_wrt: names or patterns of the parameters to attribute through.
         lambda_reg: damping in the released package's units (its features are those of this library times sqrt(K / P)), 0 for none;
             None chooses it automatically, as `trak.attribute` does. Or an object such as `trak.RelativeDamping(0.1)`.
+        weight_exponent: γ in the weights q^γ of training examples: 1 for the paper's formula, None for the default of `trak.attribute`.
         proj_max_batch_size: accepted for compatibility: every batch size works, and gives the same features.
         logging_level: if given, the level of the logger "trak".
         saver, score_computer: not supported; must be None.
@@ -111,6 +113,7 @@ class TRAKer:
         use_half_precision: bool = False,
         grad_wrt: Iterable[str] | None = None,
         lambda_reg: float | Damping | None = None,
+        weight_exponent: float | None = None,
         proj_max_batch_size: int | None = None,
         logging_level: int | None = None,
         saver: None = None,
@@ -142,6 +145,7 @@ class TRAKer:
         self._setting = setting
         self._header = make_header(setting, train_set_size, self._options.feature_dtype)
         self._damping = _damping(lambda_reg, setting.shapes, self._header.dim)
+        self._weight_exponent = resolve_exponent(weight_exponent, setting.task)
         self._store = open_store(save_dir, self._header, shard_rows=DEFAULT_SHARD_ROWS)
         self._model_ids: list[int] = list(self._store.checkpoints()) if load_from_save_dir else []
         self._session: _Session | None = None
@@ -309,12 +313,14 @@ class TRAKer:
             "num_checkpoints": len(chosen),
             "projection": dict(self._header.projection),
             "damping_rule": self._damping.fingerprint(),
+            "weight_exponent": self._weight_exponent,
         }
         return stored_attribution(
             self._store,
             chosen,
             exp_name,
             preconditioners,
+            member_weights(self._store, chosen, self._weight_exponent),
             device=self._setting.device,
             progress=None,
             info=info,

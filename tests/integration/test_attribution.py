@@ -33,7 +33,7 @@ def make(seed=0, dtype=torch.float64):
     return model, train, targets, checkpoints
 
 
-def dense_trak(model, train, targets, checkpoints, projections, dampings):
+def dense_trak(model, train, targets, checkpoints, projections, dampings, exponent=0.5):
     """The paper's equation, ten lines: returns τ [N, T]."""
     kernel, weight = 0, 0
     for checkpoint, P, damping in zip(checkpoints, projections, dampings):
@@ -53,7 +53,7 @@ def dense_trak(model, train, targets, checkpoints, projections, dampings):
         kernel = kernel + Phi @ torch.linalg.solve(
             Phi.T @ Phi + damping * torch.eye(P.shape[1], dtype=P.dtype), phi.T
         ) / len(checkpoints)
-        weight = weight + (1 - p)[:, None] / len(checkpoints)
+        weight = weight + (1 - p)[:, None] ** exponent / len(checkpoints)
     return kernel * weight
 
 
@@ -265,7 +265,8 @@ def test_results_of_an_attribution(tmp_path):
     )
     torch.testing.assert_close(attribution.self_influence(), on_itself.scores.tensor().diagonal())
     table = attribution.to_pandas(k=3)
-    assert list(table.columns) == ["target", "kind", "rank", "row", "score"] and len(table) == T * 6
+    columns = ["target", "kind", "rank", "row", "score", "standard_error"]
+    assert list(table.columns) == columns and len(table) == T * 6
     assert table.query("target == 2 and kind == 'proponent'").row.tolist() == top.rows[2, :3].tolist()
     members = [member.tensor() for member in attribution.members]
     assert len(members) == M

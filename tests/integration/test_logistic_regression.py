@@ -34,18 +34,17 @@ def fitted(x, y):
     return LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-12, max_iter=1000).fit(x, y).coef_[0]
 
 
-def scores_at(coefficients, x, y, targets):
+def scores_at(coefficients, x, y, targets, **options):
     rows = (torch.tensor(x), torch.tensor(y))
-    attribution = trak.attribute(
-        Logistic(coefficients),
-        rows,
-        targets,
+    method = trak.TRAK(
+        model=Logistic(coefficients),
         task="image_classification",
         projection=trak.Identity(),
         damping=0.0,
         gradients="functional",
+        **{"weight_exponent": 1.0, **options},
     )
-    return attribution.scores.tensor()
+    return method.fit(rows).attribute(targets).scores.tensor()
 
 
 def newton_steps(coefficients, x, y):
@@ -73,6 +72,27 @@ def test_is_the_papers_step_at_the_fitted_coefficients():
     p_correct = 1 / (1 + np.exp(-s * (x @ theta)))
     kernel = (x * s[:, None]) @ np.linalg.solve(x.T @ x, (x[:6] * s[:6, None]).T)
     np.testing.assert_allclose(scores_at(theta, x, y, targets), kernel * (1 - p_correct)[:, None], rtol=1e-8)
+
+
+def test_is_the_textbooks_step_with_the_logistic_gram():
+    x, y = data()
+    theta = fitted(x, y)
+    z = np.random.default_rng(2).normal(size=(6, D))
+    targets = (torch.tensor(z), torch.ones(6, dtype=torch.int64))
+    newton = newton_steps(theta, x, y) @ z.T
+    np.testing.assert_allclose(scores_at(theta, x, y, targets, gram="logistic"), newton, rtol=1e-8)
+    # Pregibon's one-step estimate of leaving row i out divides by 1 − h_i, the leverage of the weighted regression.
+    p = 1 / (1 + np.exp(-x @ theta))
+    r = p * (1 - p)
+    leverage = r * np.einsum("ni,ij,nj->n", x, np.linalg.inv(x.T @ (x * r[:, None])), x)
+    corrected = scores_at(theta, x, y, targets, gram="logistic", leverage_correction=True)
+    np.testing.assert_allclose(corrected, newton / (1 - leverage)[:, None], rtol=1e-8)
+    change = np.stack([(theta - fitted(np.delete(x, i, 0), np.delete(y, i))) @ z.T for i in range(N)])
+
+    def error(scores):
+        return np.linalg.norm(np.asarray(scores) - change) / np.linalg.norm(change)
+
+    assert error(corrected) < 0.1 < error(scores_at(theta, x, y, targets))
 
 
 def test_predicts_true_leave_one_out_retraining():
@@ -133,6 +153,7 @@ def test_self_influence_is_the_leverage_times_the_weight(damping):
         task="image_classification",
         projection=trak.Identity(),
         damping=damping,
+        weight_exponent=1,
         gradients="functional",
     )
     leverage = np.einsum("ni,ij,nj->n", x, np.linalg.inv(x.T @ x + damping * np.eye(D)), x)

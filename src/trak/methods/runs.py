@@ -18,7 +18,15 @@ from trak.batches import batch_size
 from trak.checkpoints import checkpoint_hash, describe, load_checkpoint
 from trak.datasets import DatasetRows, RowSource, as_rows, content_hash
 from trak.errors import CheckpointError, FingerprintError, InputError
-from trak.gradients import Auto, Functional, Gradients, Hooked, Reference, model_state, select_parameters
+from trak.gradients import (
+    Auto,
+    Functional,
+    Gradients,
+    Hooked,
+    Reference,
+    model_state,
+    select_parameters,
+)
 from trak.logs import logger
 from trak.pipeline import Setting, compare_stored, featurize, verify
 from trak.projection import Projection, default_projection

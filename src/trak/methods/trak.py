@@ -8,24 +8,44 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trak._version import __version__
 from trak.datasets import as_rows
 from trak.errors import InputError
 from trak.methods.base import Attributor, FittedAttributor
 from trak.methods.runs import Run, RunOptions, featurize_targets, start_run
-from trak.pipeline import fit, score, self_influence
+from trak.methods.weights import member_weights, resolve_exponent, trajectory_weights
+from trak.pipeline import fit, leverages, score, self_influence
 from trak.precondition import Damping, Preconditioner, resolve_damping
 from trak.results import Attribution
 from trak.store import Store
+from trak.tasks import resolve_task
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TRAK(RunOptions, Attributor):
-    """TRAK with its settings; arguments as in `trak.attribute`."""
+    """TRAK with its settings; arguments as in `trak.attribute`, and alternatives to the estimate that it makes.
+
+    Attributes:
+        damping: λ, or the rule for it.
+        preconditioner: "whole" or "per_layer".
+        weight_exponent: γ in the weights q̄_i = mean over checkpoints of q_i^γ. 1 is the paper's formula, and right for convex models. None: 1/2
+            for losses of a probability, because q = 1 − p at the end of training understates the examples that the network has fitted,
+            and 1 otherwise. design/defaults.md has the figures.
+        trajectories: for each checkpoint, earlier checkpoints of the same run: its weights q are averaged over them as well, at the price of a
+            forward pass each. Better than the square root where they were kept; γ is then 1 by default.
+        gram: "uniform" for ΦᵀΦ, or "logistic" for ΦᵀRΦ with R = q (1 − q), the Hessian of the log loss that the paper replaces by the former.
+        leverage_correction: divide by 1 − h_i, h_i the leverage of row i: the effect of leaving i out in place of that of weighting it
+            infinitesimally less (Pregibon 1981).
+    """
 
     damping: float | str | Damping = "auto"
     preconditioner: str = "whole"
+    weight_exponent: float | None = None
+    trajectories: Sequence[Sequence[Any]] | None = None
+    gram: str = "uniform"
+    leverage_correction: bool = False
 
     def fit(self, train_set: Any, checkpoints: Sequence[Any] | None = None) -> FittedTRAK:
         """Featurize the training set at every checkpoint and factorise the Gram matrices.
@@ -34,16 +54,16 @@ class TRAK(RunOptions, Attributor):
             TrakError: anything wrong with the arguments, the checkpoints, the gradients or the store.
         """
         damping = resolve_damping(self.damping)
-        if self.preconditioner not in ("whole", "per_layer"):
-            raise InputError(f'preconditioner must be "whole" or "per_layer"; got {self.preconditioner!r}')
+        exponent = self._checked_exponent()
         run = start_run(self, train_set, checkpoints)
         groups = column_groups(run, self.preconditioner)
         fits: dict[str, Any] = {
             "num_checkpoints": len(run.model_ids),
             "device": run.setting.device,
+            "gram": self.gram,
             "progress": self.progress,
         }
-        preconditioners = [
+        preconditioners = tuple(
             fit(
                 run.store.rows(model_id),
                 damping,
@@ -52,8 +72,33 @@ class TRAK(RunOptions, Attributor):
                 **fits,
             )
             for index, model_id in enumerate(run.model_ids)
-        ]
-        return FittedTRAK(run, damping, tuple(preconditioners), self.preconditioner)
+        )
+        weights = member_weights(run.store, run.model_ids, exponent)
+        if self.trajectories is not None:
+            weights = trajectory_weights(run, self.trajectories, exponent)
+        if self.leverage_correction:
+            weights = tuple(
+                weights_N / (1 - leverages(run.store.rows(model_id), preconditioner, gram=self.gram))
+                for weights_N, model_id, preconditioner in zip(weights, run.model_ids, preconditioners)
+            )
+        return FittedTRAK(run, self, damping, exponent, preconditioners, weights)
+
+    def _checked_exponent(self) -> float:
+        """γ, after a look at the arguments that `start_run` does not know.
+
+        Raises:
+            InputError: one of them is not what it can be.
+        """
+        task = resolve_task(self.task)
+        if self.preconditioner not in ("whole", "per_layer"):
+            raise InputError(f'preconditioner must be "whole" or "per_layer"; got {self.preconditioner!r}')
+        if self.gram not in ("uniform", "logistic"):
+            raise InputError(f'gram must be "uniform" or "logistic"; got {self.gram!r}')
+        if self.gram == "logistic" and not task.is_log_loss:
+            raise InputError(
+                f'gram="logistic" needs a task whose weights are q = 1 − p; those of {type(task).__name__} are not: use gram="uniform"'
+            )
+        return resolve_exponent(self.weight_exponent, task, has_trajectories=self.trajectories is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +106,11 @@ class FittedTRAK(FittedAttributor):
     """TRAK's training side, done: attribute as many sets of targets as you like."""
 
     run: Run
+    method: TRAK
     damping: Damping
+    weight_exponent: float
     preconditioners: tuple[Preconditioner, ...]
-    preconditioner: str
+    weights: tuple[Tensor, ...]
 
     def attribute(self, targets: Any) -> Attribution:
         """τ of every training example for every target, [N, T]; computed where it is read.
@@ -79,6 +126,7 @@ class FittedTRAK(FittedAttributor):
             run.model_ids,
             experiment,
             self.preconditioners,
+            self.weights,
             device=run.setting.device,
             progress=run.setting.progress,
             info=self._info(target_rows.num_rows),
@@ -105,7 +153,13 @@ class FittedTRAK(FittedAttributor):
             ),
             "projection": dict(header.projection),
             "projection_dimension": header.dim,
-            "preconditioner": self.preconditioner,
+            "preconditioner": self.method.preconditioner,
+            "gram": self.method.gram,
+            "weight_exponent": self.weight_exponent,
+            "trajectories": None
+            if self.method.trajectories is None
+            else [len(run) for run in self.method.trajectories],
+            "leverage_correction": self.method.leverage_correction,
             "damping_rule": self.damping.fingerprint(),
             "damping": [list(preconditioner.dampings) for preconditioner in self.preconditioners],
             "compute_dtype": header.compute_dtype,
@@ -119,6 +173,7 @@ def stored_attribution(
     model_ids: Sequence[int],
     experiment: str,
     preconditioners: Sequence[Preconditioner],
+    weights: tuple[Tensor, ...],
     *,
     device: torch.device,
     progress: bool | None,
@@ -129,8 +184,7 @@ def stored_attribution(
     Raises:
         MissingRowsError: some rows are not there.
     """
-    scores = score(store, model_ids, experiment, preconditioners, device=device, progress=progress)
-    weights = [store.rows(model_id).weights() for model_id in model_ids]
+    scores = score(store, model_ids, experiment, preconditioners, weights, device=device, progress=progress)
     outputs = [store.rows(model_id, experiment).outputs() for model_id in model_ids]
     return Attribution(
         scores=scores,
@@ -138,7 +192,7 @@ def stored_attribution(
         outputs=torch.stack(outputs).mean(0),
         info=info,
         members=tuple(scores.member(index, weight) for index, weight in enumerate(weights)),
-        _self_influence=lambda: self_influence(store, model_ids, preconditioners, progress=progress),
+        _self_influence=lambda: self_influence(store, model_ids, preconditioners, weights, progress=progress),
     )
 
 
