@@ -29,6 +29,11 @@ class Task(ABC):
         outputs_B = self.output(model, batch)
         return outputs_B, self.loss_weight(outputs_B.detach())
 
+    @property
+    def is_log_loss(self) -> bool:
+        """Whether q = 1 − p = sigmoid(−f), the derivative of L = log(1 + e^(−f)), so that q lies in [0, 1] and −dq/df = q (1 − q)."""
+        return type(self).loss_weight is Task.loss_weight
+
     def fingerprint(self) -> dict[str, Any]:
         """What makes features of this task comparable: JSON values only."""
         return {"task": f"{type(self).__module__}.{type(self).__qualname__}"}

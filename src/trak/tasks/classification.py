@@ -39,6 +39,11 @@ class _Classification(Task):
         # With more than two classes the temperature acts on every logit, so f alone does not determine q.
         return outputs_B, torch.sigmoid(-class_margin(logits.detach() / self.temperature, labels_B))
 
+    @property
+    def is_log_loss(self) -> bool:
+        """Without a temperature: with one, q belongs to no loss of f."""
+        return self.temperature == 1.0
+
     def fingerprint(self) -> dict[str, Any]:
         """Name and temperature."""
         return {"task": type(self).__name__, "temperature": self.temperature}

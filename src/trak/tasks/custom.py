@@ -39,6 +39,11 @@ class CustomTask(Task):
         """`weight(f)`, or sigmoid(−f)."""
         return torch.sigmoid(-outputs) if self.weight is None else self.weight(outputs)
 
+    @property
+    def is_log_loss(self) -> bool:
+        """With the default weights."""
+        return self.weight is None
+
     def fingerprint(self) -> dict[str, Any]:
         """Names of the functions: their code is the user's to version."""
         weight = "sigmoid(-f)" if self.weight is None else _qualified_name(self.weight)
