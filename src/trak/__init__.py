@@ -56,7 +56,20 @@ from trak.precondition import (
 from trak.projection import Gaussian, Identity, Kronecker, Projection, Rademacher, Sparse
 from trak.results import Attribution, Groups
 from trak.scores import ArrayScores, Ranking, Scores
-from trak.tasks import CustomTask, ImageClassification, Regression, Task, TextClassification
+from trak.tasks import (
+    CausalLM,
+    ContrastivePairs,
+    CustomTask,
+    DenseClassification,
+    Diffusion,
+    DualEncoder,
+    ImageClassification,
+    MaskedLM,
+    Regression,
+    Seq2SeqLM,
+    Task,
+    TextClassification,
+)
 from trak.traker import TRAKer
 
 __all__ = [
@@ -68,12 +81,17 @@ __all__ = [
     "Attributor",
     "Auto",
     "AutomaticDamping",
+    "CausalLM",
     "CheckpointError",
+    "ContrastivePairs",
     "CorruptShardError",
     "CrossValidationDamping",
     "CustomTask",
     "Damping",
     "Datamodel",
+    "DenseClassification",
+    "Diffusion",
+    "DualEncoder",
     "EKFACInfluence",
     "EffectiveDimensionDamping",
     "EmpiricalInfluence",
@@ -95,6 +113,7 @@ __all__ = [
     "KNNShapley",
     "Kronecker",
     "LiSSAInfluence",
+    "MaskedLM",
     "MissingDependencyError",
     "MissingRowsError",
     "MixedExamplesError",
@@ -111,6 +130,7 @@ __all__ = [
     "RelativeDamping",
     "RepresentationSimilarity",
     "Scores",
+    "Seq2SeqLM",
     "SingularGramError",
     "Sparse",
     "StoreError",

@@ -30,6 +30,7 @@ def attribute(
     projection: Projection | None = None,
     damping: float | str | Damping = "auto",
     preconditioner: str = "whole",
+    gram: str | None = None,
     weight_exponent: float | None = None,
     parameters: Parameters = None,
     gradients: Gradients | str = "auto",
@@ -44,21 +45,24 @@ def attribute(
 ) -> Attribution:
     """Which training examples made the model do this? TRAK scores of every training example for every target.
 
-        τ(z)_i = [ 1/M Σ_m φ_m(z)ᵀ (Φ_mᵀΦ_m + λ_m I)⁻¹ φ_m(z_i) ] · [ 1/M Σ_m q_m,i^γ ]
+        τ(z)_i = [ 1/M Σ_m φ_m(z)ᵀ (Φ_mᵀR_m^γΦ_m + λ_m I)⁻¹ φ_m(z_i) ] · [ 1/M Σ_m q_m,i^γ ]
 
     with φ_m the projected gradient of the model output f at checkpoint m and q the derivative of the training loss with respect to f
-    (Park et al. 2023, arXiv 2303.14186, equation 17, which has γ = 1). More choices: `trak.TRAK`.
+    (Park et al. 2023, arXiv 2303.14186, equation 17, which has γ = 1 and no R: `gram="uniform", weight_exponent=1`). More choices:
+    `trak.TRAK`.
 
     Args:
         model: the architecture; its parameters, flags, hooks and mode are the same afterwards.
         train_set: a DataLoader, a dataset, or tensors (inputs, labels). Rows are positions in the dataset, whatever the loader's order.
         targets: the same, for the predictions to explain.
-        task: "image_classification", "text_classification", "regression", a function (model, batch) -> f [batch], or a `trak.Task`.
+        task: "image_classification", "text_classification", "regression", "causal_lm", "seq2seq_lm", "masked_lm", "dense_classification",
+            a function (model, batch) -> f [batch], or a `trak.Task` such as `trak.ContrastivePairs` or `trak.Diffusion`.
         checkpoints: the ensemble: state dicts, paths (.safetensors, .pt, folders), modules, or functions that return one. More checkpoints,
             trained on different subsets or from different seeds, give better scores. None: the model's own state.
         projection: how gradients are compressed, e.g. `trak.Sparse(dim=4096, seed=0)`; None for the default for this model's size.
         damping: λ ≥ 0 as a number in units of squared gradient norm, `trak.RelativeDamping(ratio)` of the mean eigenvalue, or "auto".
         preconditioner: "whole" for the paper's K × K Gram matrix, "per_layer" for one block for each layer.
+        gram: "logistic" for the Gram matrix ΦᵀR^γΦ with R = q (1 − q), the default for losses of a probability, or "uniform" for the paper's ΦᵀΦ.
         weight_exponent: γ, by default 1/2 for losses of a probability (classification) and 1 otherwise. The square root predicts retrained
             networks better, see design/defaults.md; 1 is the paper's formula, in units of f, and right for convex models.
         parameters: which parameters to attribute through: names, patterns ("encoder.*"), or a predicate (name, parameter) -> bool;
@@ -87,6 +91,7 @@ def attribute(
         projection=projection,
         damping=damping,
         preconditioner=preconditioner,
+        gram=gram,
         weight_exponent=weight_exponent,
         parameters=parameters,
         gradients=gradients,

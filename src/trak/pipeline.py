@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from trak import batches
 from trak.datasets import RowSource
 from trak.errors import InputError, MissingRowsError, NonFiniteError
-from trak.gradients import Gradients, Outputs, check_first_batch, forward_outputs, select_gradients
+from trak.gradients import (
+    Gradients,
+    Outputs,
+    check_first_batch,
+    forward_outputs,
+    lend,
+    select_gradients,
+)
+from trak.gradients.base import random_state_kept
 from trak.precondition import (
     Damping,
     FixedDamping,
@@ -60,6 +68,20 @@ class Setting:
         """In which features are summed: float64 for float64 computations, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @property
+    def for_training(self) -> Setting:
+        """The setting for training rows, whose task may be another than the targets' (see `Task.for_training`)."""
+        task = self.task.for_training()
+        return self if task is self.task else replace(self, task=task)
+
+
+def bound_task(setting: Setting, state: Mapping[str, Tensor]) -> Task:
+    """The setting's task at this checkpoint (see `Task.bind`)."""
+    if type(setting.task).bind is Task.bind:
+        return setting.task
+    with random_state_kept(state), lend(setting.model, state) as model, torch.no_grad():
+        return setting.task.bind(model, lambda batch: prepare(setting, batch))
+
 
 def verify(setting: Setting, state: Mapping[str, Tensor], batch: Any) -> Setting:
     """The setting with gradients that passed the first-batch check (see `trak.gradients.check_first_batch`).
@@ -72,7 +94,8 @@ def verify(setting: Setting, state: Mapping[str, Tensor], batch: Any) -> Setting
     """
     batch = prepare(setting, batch)
     names = list(setting.shapes)
-    gradients = check_first_batch(setting.gradients, setting.model, state, setting.task, batch, names)
+    task = bound_task(setting, state)
+    gradients = check_first_batch(setting.gradients, setting.model, state, task, batch, names)
     if batches.batch_size(batch) == 1 and gradients == select_gradients(
         setting.gradients, setting.model, names
     ):
@@ -98,7 +121,7 @@ def compare_stored(
     numbers_B, batch = next(iter(source.batches([(first, first + 1)])))
     kept_B = torch.isin(numbers_B, stored)
     numbers_B, batch = numbers_B[kept_B], prepare(setting, batches.take(batch, kept_B.nonzero().squeeze(1)))
-    again_B = forward_outputs(setting.model, state, setting.task, batch).f.cpu().double()
+    again_B = forward_outputs(setting.model, state, bound_task(setting, state), batch).f.cpu().double()
     before_B = rows.outputs_of(numbers_B).double()
     tolerance = 0.1 if _computes_in_half(setting, state) else 1e-2
     error = float((again_B - before_B).abs().max())
@@ -166,6 +189,7 @@ class Projector:
     def __init__(self, setting: Setting, state: Mapping[str, Tensor], model_id: int) -> None:
         self.setting, self.state, self.model_id = setting, state, model_id
         self.names = list(setting.shapes)
+        self.task = bound_task(setting, state)
         self.gradients = select_gradients(setting.gradients, setting.model, self.names)
         self.drawn = setting.projection.init(
             setting.shapes, checkpoint=model_id, device=setting.device, dtype=setting.sum_dtype
@@ -173,7 +197,7 @@ class Projector:
 
     def outputs(self, batch: Any) -> Tensor:
         """F [B] of a prepared batch by one forward pass, on the CPU."""
-        return forward_outputs(self.setting.model, self.state, self.setting.task, batch).f.cpu()
+        return forward_outputs(self.setting.model, self.state, self.task, batch).f.cpu()
 
     def __call__(self, batch: Any, *, label: str = "batch") -> tuple[Tensor, Outputs]:
         """φ [B, K] and outputs (f [B], q [B]) of a prepared batch.
@@ -186,7 +210,7 @@ class Projector:
         outputs = self.gradients.compute(
             setting.model,
             self.state,
-            setting.task,
+            self.task,
             batch,
             self.names,
             lambda block: setting.projection.add(self.drawn, block, features_BK),
@@ -204,7 +228,7 @@ def fit(
     num_checkpoints: int,
     device: torch.device,
     where: str,
-    gram: str = "uniform",
+    curvature_exponent: float = 0.0,
     progress: bool | None = None,
 ) -> Preconditioner:
     """The preconditioner of one checkpoint's training features, one of `num_checkpoints`; the Gram is kept in the store.
@@ -216,7 +240,7 @@ def fit(
         num_checkpoints: M.
         device: where products are formed.
         where: names the checkpoint in messages.
-        gram: "uniform" for ΦᵀΦ, "logistic" for ΦᵀRΦ with R = q (1 − q), the second derivative of the log loss.
+        curvature_exponent: γ in ΦᵀR^γΦ with R = q (1 − q), see `curvature_weights`; 0 for ΦᵀΦ.
         progress: as in `trak.attribute`.
 
     Raises:
@@ -233,7 +257,7 @@ def fit(
     features_dtype = rows.read(0, 1).features.dtype
     # Without damping the small eigenvalues count, and float32 products drown them.
     product_dtype = torch.float64 if undamped or features_dtype == torch.float64 else torch.float32
-    moments = _moments(rows, groups, gram, product_dtype, device, where, progress)
+    moments = _moments(rows, groups, curvature_exponent, product_dtype, device, where, progress)
     return fit_preconditioner(moments, damping, num_checkpoints=num_checkpoints, where=where)
 
 
@@ -285,43 +309,58 @@ def self_influence(
 
 
 def leverages(
-    rows: RowSet, preconditioner: Preconditioner, *, gram: str = "uniform", progress: bool | None = None
+    rows: RowSet,
+    preconditioner: Preconditioner,
+    *,
+    curvature_exponent: float = 0.0,
+    progress: bool | None = None,
 ) -> Tensor:
-    """φᵀ (ΦᵀΦ + λI)⁻¹ φ of each training row, [N] float64; times R = q (1 − q) for the logistic Gram, whose hat matrix has it."""
+    """R^γ φᵀ (ΦᵀR^γΦ + λI)⁻¹ φ of each training row, [N] float64; with exponent γ = 0 the plain quadratic form, whatever the Gram was."""
     total_N = torch.zeros(rows.num_rows, dtype=torch.float64)
     with bar(rows.num_rows, "Self-influence", enabled=progress, delay=2.0) as shown:
         for block in rows.blocks():
             leverage_R = preconditioner.leverage(block.features).cpu()
-            if gram == "logistic":
-                leverage_R = leverage_R * (block.weights * (1 - block.weights)).double()
+            if curvature_exponent != 0:
+                leverage_R = leverage_R * curvature_weights(block.weights, curvature_exponent).double()
             total_N[block.start : block.stop] = leverage_R
             shown.update(block.stop - block.start)
     return total_N
 
 
-def has_moments(rows: RowSet, groups: Sequence[tuple[int, int]]) -> bool:
+def curvature_weights(weights_N: Tensor, exponent: float) -> Tensor:
+    """(q (1 − q))^exponent, [N]: of exponent 1 the second derivative of the log loss.
+
+    Rows that floating point cannot tell from certain count 1e-12 before the power is taken, so that a model which is certain of every
+    row still has a Gram matrix.
+    """
+    return (weights_N * (1 - weights_N)).clamp_min(1e-12) ** exponent
+
+
+def has_moments(rows: RowSet, groups: Sequence[tuple[int, int]], curvature_exponent: float) -> bool:
     """Whether `fit` was done for these rows, in this process or another."""
     return any(
-        rows.derived(_moments_name(groups, "uniform", dtype)) is not None
+        rows.derived(_moments_name(groups, curvature_exponent, dtype)) is not None
         for dtype in (torch.float32, torch.float64)
     )
 
 
-def _moments_name(groups: Sequence[tuple[int, int]], gram: str, product_dtype: torch.dtype) -> str:
+def _moments_name(
+    groups: Sequence[tuple[int, int]], curvature_exponent: float, product_dtype: torch.dtype
+) -> str:
     parts = ["moments", "whole" if len(groups) == 1 else "layers", str(product_dtype).removeprefix("torch.")]
-    return "-".join(parts if gram == "uniform" else [*parts, gram])
+    return "-".join(parts if curvature_exponent == 0 else [*parts, f"logistic{curvature_exponent:g}"])
 
 
 def _moments(
     rows: RowSet,
     groups: Sequence[tuple[int, int]],
-    gram: str,
+    curvature_exponent: float,
     product_dtype: torch.dtype,
     device: torch.device,
     where: str,
     progress: bool | None,
 ) -> Moments:
-    name = _moments_name(groups, gram, product_dtype)
+    name = _moments_name(groups, curvature_exponent, product_dtype)
     kept = rows.derived(name)
     if kept is not None:
         grams = tuple(kept[f"gram.{index}"].to(device) for index in range(len(groups)))
@@ -333,11 +372,11 @@ def _moments(
 
         def blocks() -> Any:
             for block in rows.blocks():
-                if gram == "logistic":
-                    root_R = (block.weights * (1 - block.weights)).clamp_min(0).sqrt()
-                    yield block.features * root_R.to(block.features).unsqueeze(1), block.outputs * root_R
-                else:
+                if curvature_exponent == 0:
                     yield block.features, block.outputs
+                else:
+                    root_R = curvature_weights(block.weights, curvature_exponent).sqrt().to(block.features)
+                    yield block.features * root_R.unsqueeze(1), block.outputs * root_R
                 shown.update(block.features.shape[0])
 
         moments = accumulate_moments(blocks(), groups, product_dtype=product_dtype, device=device)

@@ -30,8 +30,8 @@ from trak.methods.runs import (
     resolve_setting,
 )
 from trak.methods.trak import stored_attribution
-from trak.methods.weights import member_weights, resolve_exponent
-from trak.pipeline import Projector, fit, has_moments, prepare, verify
+from trak.methods.weights import member_weights, resolve_curvature, resolve_exponent
+from trak.pipeline import Projector, Setting, fit, has_moments, prepare, verify
 from trak.precondition import Damping, FixedDamping, resolve_damping
 from trak.projection import Projection
 from trak.results import Attribution
@@ -87,7 +87,8 @@ class TRAKer:
         grad_wrt: names or patterns of the parameters to attribute through.
         lambda_reg: damping in the released package's units (its features are those of this library times sqrt(K / P)), 0 for none;
             None chooses it automatically, as `trak.attribute` does. Or an object such as `trak.RelativeDamping(0.1)`.
-        weight_exponent: γ in the weights q^γ of training examples: 1 for the paper's formula, None for the default of `trak.attribute`.
+        gram, weight_exponent: as for `trak.attribute`. With a number for lambda_reg, None means the released package's formula: "uniform"
+            and 1.
         proj_max_batch_size: accepted for compatibility: every batch size works, and gives the same features.
         logging_level: if given, the level of the logger "trak".
         saver, score_computer: not supported; must be None.
@@ -113,6 +114,7 @@ class TRAKer:
         use_half_precision: bool = False,
         grad_wrt: Iterable[str] | None = None,
         lambda_reg: float | Damping | None = None,
+        gram: str | None = None,
         weight_exponent: float | None = None,
         proj_max_batch_size: int | None = None,
         logging_level: int | None = None,
@@ -145,11 +147,16 @@ class TRAKer:
         self._setting = setting
         self._header = make_header(setting, train_set_size, self._options.feature_dtype)
         self._damping = _damping(lambda_reg, setting.shapes, self._header.dim)
+        if isinstance(lambda_reg, (int, float)):
+            gram = "uniform" if gram is None else gram
+            weight_exponent = 1.0 if weight_exponent is None else weight_exponent
         self._weight_exponent = resolve_exponent(weight_exponent, setting.task)
+        self._curvature = resolve_curvature(gram, setting.task, self._weight_exponent)
         self._store = open_store(save_dir, self._header, shard_rows=DEFAULT_SHARD_ROWS)
         self._model_ids: list[int] = list(self._store.checkpoints()) if load_from_save_dir else []
         self._session: _Session | None = None
-        self._verified_size = 0
+        # By whether targets are looked at: their output may be another than that of training rows.
+        self._verified_size = {False: 0, True: 0}
 
     @property
     def model_ids(self) -> tuple[int, ...]:
@@ -313,6 +320,7 @@ class TRAKer:
             "num_checkpoints": len(chosen),
             "projection": dict(self._header.projection),
             "damping_rule": self._damping.fingerprint(),
+            "curvature_exponent": self._curvature,
             "weight_exponent": self._weight_exponent,
         }
         return stored_attribution(
@@ -330,11 +338,14 @@ class TRAKer:
         self._end()
         rows = self._store.rows(model_id, experiment)
         writer = rows.writer()
-        self._session = _Session(
-            model_id, Projector(self._setting, state, model_id), rows, writer, experiment=experiment
-        )
+        projector = Projector(self._session_setting(experiment), state, model_id)
+        self._session = _Session(model_id, projector, rows, writer, experiment=experiment)
         # Also at the interpreter's exit: rows that wait for their shard to fill must not be lost.
         self._flush = weakref.finalize(self, writer.close)
+
+    def _session_setting(self, experiment: str | None) -> Setting:
+        """That of training rows, or that of targets."""
+        return self._setting.for_training if experiment is None else self._setting
 
     def _end(self) -> None:
         """Write what is still in memory."""
@@ -357,11 +368,14 @@ class TRAKer:
     def _add(self, session: _Session, batch: Any, inds: Any, num_samples: int | None, *, what: str) -> None:
         size = batches.batch_size(batch)
         rows_B = _row_numbers(session, size, inds, num_samples, what)
+        setting = session.projector.setting
+        separate = session.experiment is not None and self._setting.for_training is not self._setting
         # A batch of one example cannot show whether examples are mixed.
-        if self._verified_size < min(size, 2):
-            self._setting = verify(self._setting, session.projector.state, batch)
-            self._verified_size = size
-            session.projector = Projector(self._setting, session.projector.state, session.model_id)
+        if self._verified_size[separate] < min(size, 2):
+            setting = verify(setting, session.projector.state, batch)
+            self._setting = replace(self._setting, gradients=setting.gradients)
+            self._verified_size[separate] = size
+            session.projector = Projector(setting, session.projector.state, session.model_id)
         batch = prepare(self._setting, batch)
         stored_B = session.writer.has(rows_B)
         on_disk_B = session.rows.has(rows_B) if stored_B.any() else stored_B
@@ -433,7 +447,7 @@ class TRAKer:
                 f"checkpoint {model_id} is not completely featurized: training rows {_range_text(rows.missing())} are missing. Call featurize for "
                 "them, then finalize_features()"
             )
-        if not has_moments(rows, [(0, self._header.dim)]):
+        if not has_moments(rows, [(0, self._header.dim)], self._curvature):
             raise ProtocolError(
                 f"checkpoint {model_id} is featurized but not finalised: call finalize_features() before scoring"
             )
@@ -448,6 +462,7 @@ class TRAKer:
             num_checkpoints=num_checkpoints,
             device=self._setting.device,
             where=f"checkpoint {model_id}",
+            curvature_exponent=self._curvature,
         )
 
 

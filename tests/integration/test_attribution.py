@@ -33,8 +33,8 @@ def make(seed=0, dtype=torch.float64):
     return model, train, targets, checkpoints
 
 
-def dense_trak(model, train, targets, checkpoints, projections, dampings, exponent=0.5):
-    """The paper's equation, ten lines: returns τ [N, T]."""
+def dense_trak(model, train, targets, checkpoints, projections, dampings, exponent=0.5, logistic=True):
+    """The equation, ten lines: returns τ [N, T]; the paper's with exponent 1 and without the logistic weights."""
     kernel, weight = 0, 0
     for checkpoint, P, damping in zip(checkpoints, projections, dampings):
         model.load_state_dict(checkpoint)
@@ -49,9 +49,9 @@ def dense_trak(model, train, targets, checkpoints, projections, dampings, expone
             return torch.stack(rows), torch.stack(ps)
 
         (G, p), (H, _) = gradients(train), gradients(targets)
-        Phi, phi = G @ P, H @ P
+        Phi, phi, r = G @ P, H @ P, ((p * (1 - p)) ** exponent if logistic else torch.ones_like(p))[:, None]
         kernel = kernel + Phi @ torch.linalg.solve(
-            Phi.T @ Phi + damping * torch.eye(P.shape[1], dtype=P.dtype), phi.T
+            Phi.T @ (r * Phi) + damping * torch.eye(P.shape[1], dtype=P.dtype), phi.T
         ) / len(checkpoints)
         weight = weight + (1 - p)[:, None] ** exponent / len(checkpoints)
     return kernel * weight
@@ -116,7 +116,7 @@ def test_traker_equals_attribute_and_dense(tmp_path):
     parameters = sum(p.numel() for p in model.parameters())
     damping = 0.3 * parameters / 24
     expected = dense_trak(
-        Net().double(), train, targets, checkpoints, matrices(projection, model), [damping] * M
+        Net().double(), train, targets, checkpoints, matrices(projection, model), [damping] * M, 1, False
     )
     scores = run_traker(
         model, train, targets, checkpoints, save_dir=tmp_path, projector=projection, lambda_reg=0.3
@@ -131,6 +131,8 @@ def test_traker_equals_attribute_and_dense(tmp_path):
         checkpoints=checkpoints,
         projection=projection,
         damping=damping,
+        gram="uniform",
+        weight_exponent=1,
     )
     np.testing.assert_allclose(scores, np.asarray(attribution.scores), rtol=1e-6, atol=1e-7)
 
@@ -188,8 +190,8 @@ def test_a_second_call_featurizes_no_training_row_again(tmp_path, monkeypatch):
     assert torch.equal(first.scores.tensor(), again.scores.tensor())
     other = (targets[0] + 1, targets[1])
     trak.attribute(model, train, other, task=custom, gradients="functional", check=False, **options)
-    # vmap calls the task once for each checkpoint's single batch of targets.
-    assert len(seen) == M
+    # For each checkpoint's single batch of targets the task is called once by vmap, and once on an example to size its chunks.
+    assert len(seen) == 2 * M
 
 
 def test_other_data_or_settings_in_the_same_save_dir_are_refused(tmp_path):

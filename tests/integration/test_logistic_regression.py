@@ -42,7 +42,7 @@ def scores_at(coefficients, x, y, targets, **options):
         projection=trak.Identity(),
         damping=0.0,
         gradients="functional",
-        **{"weight_exponent": 1.0, **options},
+        **{"gram": "uniform", "weight_exponent": 1.0, **options},
     )
     return method.fit(rows).attribute(targets).scores.tensor()
 
@@ -154,6 +154,7 @@ def test_self_influence_is_the_leverage_times_the_weight(damping):
         projection=trak.Identity(),
         damping=damping,
         weight_exponent=1,
+        gram="uniform",
         gradients="functional",
     )
     leverage = np.einsum("ni,ij,nj->n", x, np.linalg.inv(x.T @ x + damping * np.eye(D)), x)

@@ -119,6 +119,8 @@ def test_the_released_packages_protocol(tmp_path):
         checkpoints,
         projection=trak.projection.default_projection(shapes, dim=32, seed=7),
         damping=0.5 * parameters / 32,
+        gram="uniform",
+        weight_exponent=1,
         parameters=["conv.weight", "head.weight"],
     )
     np.testing.assert_allclose(scores, expected, rtol=2e-2, atol=np.abs(expected).max() * 5e-3)
@@ -130,15 +132,7 @@ def test_lambda_reg_is_in_the_released_packages_units(tmp_path):
     projection, lam = trak.Rademacher(dim=20), 0.37
     model, train, val = model.double(), (train[0].double(), train[1]), (val[0].double(), val[1])
     checkpoint = {k: v.double() if v.is_floating_point() else v for k, v in checkpoint.items()}
-    traker = TRAKer(
-        model,
-        "image_classification",
-        N,
-        save_dir=None,
-        projector=projection,
-        lambda_reg=lam,
-        weight_exponent=1,
-    )
+    traker = TRAKer(model, "image_classification", N, save_dir=None, projector=projection, lambda_reg=lam)
     scores = featurize_and_score(traker, train, val, [checkpoint])
 
     model.load_state_dict(checkpoint)
@@ -169,7 +163,7 @@ def test_signature_keeps_the_released_names():
         "model task train_set_size save_dir load_from_save_dir device gradient_computer projector saver score_computer "
         "proj_dim logging_level use_half_precision proj_max_batch_size projector_seed grad_wrt lambda_reg"
     )
-    assert set(released.split()) | {"weight_exponent"} == set(parameters)
+    assert set(released.split()) | {"gram", "weight_exponent"} == set(parameters)
     assert list(parameters)[:6] == released.split()[:6]
     for method, names in {
         "load_checkpoint": ["checkpoint", "model_id"],

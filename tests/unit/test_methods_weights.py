@@ -45,7 +45,10 @@ def test_exponents_raise_the_weights_of_each_checkpoint():
     }.items():
         attribution = fit(weight_exponent=exponent).attribute(TARGETS)
         torch.testing.assert_close(attribution.weights.double(), expected.double(), rtol=1e-5, atol=1e-6)
-    plain, flat = (fit(weight_exponent=exponent).attribute(TARGETS).scores.tensor() for exponent in (1, 0))
+    plain, flat = (
+        fit(weight_exponent=exponent, gram="uniform").attribute(TARGETS).scores.tensor()
+        for exponent in (1, 0)
+    )
     torch.testing.assert_close(plain, flat * q.mean(0)[:, None], rtol=1e-5, atol=1e-8)
 
 
@@ -83,13 +86,13 @@ def test_default_exponent_is_the_square_root_for_probabilities_only():
 def test_trajectories_average_the_weights_of_each_run():
     runs = [[CHECKPOINTS[2], CHECKPOINTS[3]], []]
     q = [loss_weights(checkpoint) for checkpoint in CHECKPOINTS]
-    fitted = fit(trajectories=runs)
+    fitted = fit(trajectories=runs, gram="uniform")
     expected = ((q[0] + q[2] + q[3]) / 3 + q[1]) / 2
     attribution = fitted.attribute(TARGETS)
     torch.testing.assert_close(attribution.weights.double(), expected, rtol=1e-5, atol=1e-6)
     assert attribution.info["trajectories"] == [2, 0]
     # The kernel is that of the ensemble alone.
-    flat = fit(weight_exponent=0).attribute(TARGETS).scores.tensor()
+    flat = fit(weight_exponent=0, gram="uniform").attribute(TARGETS).scores.tensor()
     torch.testing.assert_close(attribution.scores.tensor(), flat * expected[:, None], rtol=1e-5, atol=1e-8)
 
 
@@ -102,7 +105,8 @@ def test_self_influence_has_the_same_weights():
     )
 
 
-def test_logistic_gram_and_leverage_against_dense_algebra():
+@pytest.mark.parametrize("exponent", [1, 0.5])
+def test_logistic_gram_and_leverage_against_dense_algebra(exponent):
     model = make(9)
     model.load_state_dict(CHECKPOINTS[0])
 
@@ -115,13 +119,13 @@ def test_logistic_gram_and_leverage_against_dense_algebra():
         return torch.stack(rows)
 
     train, targets, q = gradients(TRAIN), gradients(TARGETS), loss_weights(CHECKPOINTS[0])
-    r = q * (1 - q)
+    r = (q * (1 - q)) ** exponent
     inverse = torch.linalg.inv(
         train.T @ (train * r[:, None]) + 0.1 * torch.eye(train.shape[1], dtype=torch.float64)
     )
     leverage = r * torch.einsum("ni,ij,nj->n", train, inverse, train)
-    expected = train @ inverse @ targets.T * (q / (1 - leverage))[:, None]
-    fitted = fit(CHECKPOINTS[:1], weight_exponent=1, gram="logistic", leverage_correction=True)
+    expected = train @ inverse @ targets.T * (q**exponent / (1 - leverage))[:, None]
+    fitted = fit(CHECKPOINTS[:1], weight_exponent=exponent, gram="logistic", leverage_correction=True)
     torch.testing.assert_close(
         fitted.attribute(TARGETS).scores.tensor().double(), expected, rtol=1e-5, atol=1e-7
     )
@@ -141,6 +145,37 @@ def test_logistic_gram_and_leverage_against_dense_algebra():
 def test_refusals(options, message):
     with pytest.raises(trak.InputError, match=message):
         fit(**options)
+
+
+def test_a_model_that_is_certain_of_every_row_has_scores():
+    certain = {name: 1e4 * value for name, value in CHECKPOINTS[0].items()}
+    weights = loss_weights(certain)
+    assert bool((weights * (1 - weights) == 0).all())
+    method = trak.TRAK(model=make(9), task="image_classification", projection=trak.Identity())
+    assert method.fit(TRAIN, [certain]).attribute(TARGETS).scores.tensor().isfinite().all()
+
+
+def test_logistic_gram_is_the_default_for_probabilities():
+    for gram, same in (("logistic", True), ("uniform", False)):
+        given, default = (fit(gram=word).attribute(TARGETS).scores.tensor() for word in (gram, None))
+        assert torch.equal(given, default) == same
+
+
+def test_papers_formula_through_attribute():
+    paper = fit(gram="uniform", weight_exponent=1).attribute(TARGETS)
+    called = trak.attribute(
+        make(9),
+        TRAIN,
+        TARGETS,
+        task="image_classification",
+        checkpoints=CHECKPOINTS[:2],
+        projection=trak.Identity(),
+        damping=0.1,
+        gram="uniform",
+        weight_exponent=1,
+    )
+    assert torch.equal(paper.scores.tensor(), called.scores.tensor())
+    assert paper.info["gram"] == "uniform" and paper.info["weight_exponent"] == 1
 
 
 def test_logistic_gram_is_for_probabilities():

@@ -133,6 +133,47 @@ def test_custom_tasks():
     assert resolve_task(first).fingerprint()["task"].endswith("first")
 
 
+class Relative(trak.Task):
+    """The output relative to that of fixed inputs at the same checkpoint."""
+
+    def __init__(self, origin, seen, at=None):
+        self.origin, self.seen, self.at = origin, seen, at
+
+    def bind(self, model, prepare):
+        assert not model.training and not torch.is_grad_enabled()
+        at = model(prepare(self.origin))[0, 0]
+        torch.rand(1)
+        self.seen.append(float(at))
+        return Relative(self.origin, self.seen, at)
+
+    def output(self, model, batch):
+        return model(batch)[:, 0] - self.at
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bind_sees_each_checkpoint_and_a_prepared_batch(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(6, 3)
+    states = [nn.Linear(3, 2).to(dtype).state_dict() for _ in range(2)]
+    model = nn.Linear(3, 2).to(dtype).train()
+    before, random = (
+        {name: value.clone() for name, value in model.state_dict().items()},
+        torch.get_rng_state(),
+    )
+    origin, seen = torch.ones(1, 3), []
+    attribution = trak.attribute(
+        model, x, x[:2], task=Relative(origin, seen), checkpoints=states, device="cpu", progress=False
+    )
+    wanted = [
+        x[:2].to(dtype) @ s["weight"][0] + s["bias"][0] - (s["weight"][0].sum() + s["bias"][0])
+        for s in states
+    ]
+    torch.testing.assert_close(attribution.outputs.to(dtype), torch.stack(wanted).mean(0))
+    assert set(seen) == {float(nn.functional.linear(origin.to(dtype), *s.values())[0, 0]) for s in states}
+    assert torch.equal(torch.get_rng_state(), random) and model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("task", "match"),
     [

@@ -21,7 +21,8 @@ A recipe is a Python file that defines:
   train_set    a dataset, a DataLoader, or tensors (inputs, labels)
   targets      the same, for the predictions to explain
   task         "image_classification", "text_classification", "regression",
-               or a trak.Task
+               "causal_lm", "seq2seq_lm", "masked_lm",
+               "dense_classification", or a trak.Task
   checkpoints  state dicts or paths; more of them give better scores
 and any other argument of trak.attribute. For showing results it may define
 train_labels, target_labels, class_names, predictions, show_train,

@@ -21,7 +21,7 @@ from trak.errors import CheckpointError, InputError, NonFiniteError
 from trak.gradients import lend
 from trak.gradients.base import random_state_kept
 from trak.methods.runs import RunOptions, checkpoint_list, load_state, resolve_setting
-from trak.pipeline import Setting, prepare
+from trak.pipeline import Setting, bound_task, prepare
 from trak.progress import bar
 from trak.projection import Identity
 from trak.scores import available_memory
@@ -207,6 +207,8 @@ def _represent(
     source: RowSource,
     label: str,
 ) -> Tensor:
+    task = bound_task(setting, state)
+
     def compute(batch: Any) -> Any:
         batch = prepare(setting, batch)
         with (
@@ -215,7 +217,7 @@ def _represent(
             lend(setting.model, state) as lent,
             _captured(lent, layer, transform) as found,
         ):
-            setting.task.output(lent, batch)
+            task.output(lent, batch)
         if not found:
             what = "no torch.nn.Linear" if layer is None else f"layer {layer!r}"
             raise InputError(

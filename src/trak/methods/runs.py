@@ -6,7 +6,7 @@ Kept apart from any one method so that a new one is a file with its own algebra 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | 
     store = open_store(options.save_dir, header, shard_rows=DEFAULT_SHARD_ROWS)
     model_ids: list[int] = []
     is_verified = not options.check
+    training = setting.for_training
     for index, source in enumerate(sources):
         state = load_state(options, setting, source)
         model_id = register(store, state)
@@ -116,27 +117,38 @@ def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | 
         model_ids.append(model_id)
         rows = store.rows(model_id)
         if not is_verified and not rows.is_complete:
-            setting, is_verified = _verified(setting, state, train)
+            training, is_verified = _verified(training, state, train)
         if options.check and options.save_dir is not None:
-            compare_stored(setting, state, train, rows, where=f"{options.save_dir}, checkpoint {index}")
+            compare_stored(training, state, train, rows, where=f"{options.save_dir}, checkpoint {index}")
         featurize(
-            setting,
+            training,
             state,
             model_id,
             train,
             rows,
             label=f"Featurizing, checkpoint {index + 1} of {len(sources)}",
         )
+    if training.task is not setting.task and options.check:
+        is_verified = False  # The targets' output has not been looked at.
+    setting = replace(setting, gradients=training.gradients)
     return Run(options, setting, train, store, tuple(sources), tuple(model_ids), is_verified)
 
 
-def featurize_targets(run: Run, targets: RowSource) -> str:
+def featurize_targets(run: Run, targets: RowSource, *, as_training: bool = False) -> str:
     """Featurize targets at every checkpoint of the run; returns the experiment they are stored under.
 
     The experiment is named by the targets' content: the same targets are not computed twice, others never overwrite them.
+
+    Args:
+        run: the training side.
+        targets: the examples.
+        as_training: differentiate what is differentiated for training rows (see `Task.for_training`): features times weights are
+            then −∇L of the targets for every task.
     """
     digest = content_hash(batch for _, batch in targets.batches())
     experiment = f"targets-{digest[:16]}"
+    if as_training and run.setting.for_training is not run.setting:
+        run, experiment = replace(run, setting=run.setting.for_training), f"loss-{experiment}"
     run.store.add_experiment(experiment, targets.num_rows, digest)
     if all(run.store.rows(model_id, experiment).is_complete for model_id in run.model_ids):
         return experiment
@@ -228,13 +240,17 @@ def make_header(setting: Setting, num_rows: int, feature_dtype: str | None, **ex
     """The fingerprint of features made with this setting; by default they are stored in the dtype in which they are summed."""
     feature_dtype = feature_dtype or str(setting.sum_dtype).removeprefix("torch.")
     columns = setting.projection.columns(setting.shapes)
+    task = dict(setting.task.fingerprint())
+    training = setting.for_training.task
+    if training is not setting.task:
+        task["training"] = training.fingerprint()
     return Header(
         num_rows=num_rows,
         dim=columns[-1].stop,
         columns=[(column.name, column.start, column.stop) for column in columns],
         parameters={name: tuple(shape) for name, shape in setting.shapes.items()},
         projection=setting.projection.fingerprint(),
-        task=setting.task.fingerprint(),
+        task=task,
         compute_dtype=str(setting.dtype or "float32").removeprefix("torch."),
         feature_dtype=feature_dtype,
         extra={key: value for key, value in extra.items() if value is not None},

@@ -81,7 +81,7 @@ class FittedTracIn(FittedAttributor):
         """
         run, store = self.run, self.run.store
         target_rows = as_rows(targets, batch_size=run.options.batch_size, what="targets")
-        experiment = featurize_targets(run, target_rows)
+        experiment = featurize_targets(run, target_rows, as_training=self.target == "loss")
         parts, outputs = [], []
         for model_id, rate in zip(run.model_ids, self.learning_rates):
             rows = store.rows(model_id, experiment)

@@ -15,7 +15,7 @@ from trak.datasets import as_rows
 from trak.errors import InputError
 from trak.methods.base import Attributor, FittedAttributor
 from trak.methods.runs import Run, RunOptions, featurize_targets, start_run
-from trak.methods.weights import member_weights, resolve_exponent, trajectory_weights
+from trak.methods.weights import member_weights, resolve_curvature, resolve_exponent, trajectory_weights
 from trak.pipeline import fit, leverages, score, self_influence
 from trak.precondition import Damping, Preconditioner, resolve_damping
 from trak.results import Attribution
@@ -35,7 +35,8 @@ class TRAK(RunOptions, Attributor):
             and 1 otherwise. design/defaults.md has the figures.
         trajectories: for each checkpoint, earlier checkpoints of the same run: its weights q are averaged over them as well, at the price of a
             forward pass each. Better than the square root where they were kept; γ is then 1 by default.
-        gram: "uniform" for ΦᵀΦ, or "logistic" for ΦᵀRΦ with R = q (1 − q), the Hessian of the log loss that the paper replaces by the former.
+        gram: "logistic" for ΦᵀR^γΦ with R = q (1 − q), the second derivative of the log loss, and the γ of the weights; or "uniform" for ΦᵀΦ,
+            which the paper puts in its place. None: logistic for losses of a probability, uniform otherwise.
         leverage_correction: divide by 1 − h_i, h_i the leverage of row i: the effect of leaving i out in place of that of weighting it
             infinitesimally less (Pregibon 1981).
     """
@@ -44,7 +45,7 @@ class TRAK(RunOptions, Attributor):
     preconditioner: str = "whole"
     weight_exponent: float | None = None
     trajectories: Sequence[Sequence[Any]] | None = None
-    gram: str = "uniform"
+    gram: str | None = None
     leverage_correction: bool = False
 
     def fit(self, train_set: Any, checkpoints: Sequence[Any] | None = None) -> FittedTRAK:
@@ -54,13 +55,18 @@ class TRAK(RunOptions, Attributor):
             TrakError: anything wrong with the arguments, the checkpoints, the gradients or the store.
         """
         damping = resolve_damping(self.damping)
-        exponent = self._checked_exponent()
+        self._check()
+        task = resolve_task(self.task)
+        exponent = resolve_exponent(
+            self.weight_exponent, task, has_trajectories=self.trajectories is not None
+        )
+        curvature = resolve_curvature(self.gram, task, exponent)
         run = start_run(self, train_set, checkpoints)
         groups = column_groups(run, self.preconditioner)
         fits: dict[str, Any] = {
             "num_checkpoints": len(run.model_ids),
             "device": run.setting.device,
-            "gram": self.gram,
+            "curvature_exponent": curvature,
             "progress": self.progress,
         }
         preconditioners = tuple(
@@ -78,27 +84,15 @@ class TRAK(RunOptions, Attributor):
             weights = trajectory_weights(run, self.trajectories, exponent)
         if self.leverage_correction:
             weights = tuple(
-                weights_N / (1 - leverages(run.store.rows(model_id), preconditioner, gram=self.gram))
+                weights_N
+                / (1 - leverages(run.store.rows(model_id), preconditioner, curvature_exponent=curvature))
                 for weights_N, model_id, preconditioner in zip(weights, run.model_ids, preconditioners)
             )
-        return FittedTRAK(run, self, damping, exponent, preconditioners, weights)
+        return FittedTRAK(run, self, damping, curvature, exponent, preconditioners, weights)
 
-    def _checked_exponent(self) -> float:
-        """γ, after a look at the arguments that `start_run` does not know.
-
-        Raises:
-            InputError: one of them is not what it can be.
-        """
-        task = resolve_task(self.task)
+    def _check(self) -> None:
         if self.preconditioner not in ("whole", "per_layer"):
             raise InputError(f'preconditioner must be "whole" or "per_layer"; got {self.preconditioner!r}')
-        if self.gram not in ("uniform", "logistic"):
-            raise InputError(f'gram must be "uniform" or "logistic"; got {self.gram!r}')
-        if self.gram == "logistic" and not task.is_log_loss:
-            raise InputError(
-                f'gram="logistic" needs a task whose weights are q = 1 − p; those of {type(task).__name__} are not: use gram="uniform"'
-            )
-        return resolve_exponent(self.weight_exponent, task, has_trajectories=self.trajectories is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +102,7 @@ class FittedTRAK(FittedAttributor):
     run: Run
     method: TRAK
     damping: Damping
+    curvature_exponent: float
     weight_exponent: float
     preconditioners: tuple[Preconditioner, ...]
     weights: tuple[Tensor, ...]
@@ -154,7 +149,8 @@ class FittedTRAK(FittedAttributor):
             "projection": dict(header.projection),
             "projection_dimension": header.dim,
             "preconditioner": self.method.preconditioner,
-            "gram": self.method.gram,
+            "gram": "uniform" if self.curvature_exponent == 0 else "logistic",
+            "curvature_exponent": self.curvature_exponent,
             "weight_exponent": self.weight_exponent,
             "trajectories": None
             if self.method.trajectories is None

@@ -17,7 +17,7 @@ from trak.checkpoints import describe
 from trak.errors import InputError
 from trak.gradients import lend
 from trak.methods.runs import Run, load_state
-from trak.pipeline import prepare
+from trak.pipeline import bound_task, prepare
 from trak.progress import bar
 from trak.store import Store
 from trak.tasks import Task
@@ -36,6 +36,23 @@ def resolve_exponent(exponent: float | None, task: Task, *, has_trajectories: bo
             f"weight_exponent must be a number ≥ 0 (1 for the paper's weights, 0.5 for their square root); got {exponent!r}"
         )
     return float(exponent)
+
+
+def resolve_curvature(gram: str | None, task: Task, weight_exponent: float) -> float:
+    """The exponent γ of R^γ in the Gram matrix: that of the weights for the logistic one, 0 for the uniform one.
+
+    Raises:
+        InputError: an unknown word, or the logistic Gram for a task that has no log loss.
+    """
+    if gram is None:
+        return weight_exponent if task.is_log_loss else 0.0
+    if gram not in ("uniform", "logistic"):
+        raise InputError(f'gram must be "uniform" or "logistic"; got {gram!r}')
+    if gram == "logistic" and not task.is_log_loss:
+        raise InputError(
+            f'gram="logistic" needs a task whose weights are q = 1 − p; those of {type(task).__name__} are not: use gram="uniform"'
+        )
+    return weight_exponent if gram == "logistic" else 0.0
 
 
 def flattened(weights_N: Tensor, exponent: float) -> Tensor:
@@ -92,13 +109,14 @@ def forward_weights(run: Run, source: Any) -> Tensor:
     """
     state = load_state(run.options, run.setting, source)
     weights_N = torch.empty(run.train.num_rows)
+    task = bound_task(run.setting.for_training, state)
     with (
         torch.no_grad(),
         lend(run.setting.model, state) as model,
         bar(run.train.num_rows, f"Weights at {describe(source)}", enabled=run.options.progress) as shown,
     ):
         for rows_B, batch in run.train.batches():
-            _, weights_B = run.setting.task.output_and_weight(model, prepare(run.setting, batch))
+            _, weights_B = task.output_and_weight(model, prepare(run.setting, batch))
             weights_N[rows_B] = weights_B.float().cpu()
             shown.update(len(rows_B))
     return weights_N

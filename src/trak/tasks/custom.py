@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from trak.errors import InputError
 from trak.tasks.base import Task
+from trak.tasks.causal_lm import CausalLM
 from trak.tasks.classification import ImageClassification, TextClassification
+from trak.tasks.dense import DenseClassification
+from trak.tasks.masked_lm import MaskedLM
 from trak.tasks.regression import Regression
+from trak.tasks.seq2seq_lm import Seq2SeqLM
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,17 @@ def resolve_task(task: Task | str | Callable[..., Tensor]) -> Task:
         "image_classification": ImageClassification,
         "text_classification": TextClassification,
         "regression": Regression,
+        "causal_lm": CausalLM,
+        "dense_classification": DenseClassification,
+        "masked_lm": MaskedLM,
+        "seq2seq_lm": Seq2SeqLM,
     }
     if isinstance(task, str):
         if task not in builtin:
             raise InputError(
                 f"unknown task {task!r}; known names: {', '.join(sorted(builtin))}. "
-                "For anything else pass a function (model, batch) -> f [batch], or a trak.Task"
+                "Tasks that need more than a name are objects, e.g. trak.ContrastivePairs(negatives) for CLIP; for anything else pass a function "
+                "(model, batch) -> f [batch], or a trak.Task"
             )
         return builtin[task]()
     if isinstance(task, Task):
