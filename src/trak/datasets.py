@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,10 @@ class RowSource(ABC):
 
     @abstractmethod
     def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
-        """(rows [B] int64, batch) in ascending order: the batches that hold a row of `ranges`, or all of them."""
+        """(rows [B] int64, batch): the batches that hold a row of `ranges`, or all of them, always in the same order.
+
+        Every row comes once. Rows ascend, except where a source sorts them by cost.
+        """
 
     @abstractmethod
     def example(self, row: int) -> Any:
@@ -106,6 +110,90 @@ class DatasetRows(RowSource):
     def example(self, row: int) -> Any:
         """Row `row` as a batch of one."""
         return self.collate([self.dataset[row]])
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBudgetRows(RowSource):
+    """A map-style dataset of sequences of unequal length, in batches of about equal cost.
+
+    Rows are sorted by length within windows of consecutive rows, and cut into batches whose longest sequence times their
+    number stays within the budget. Batches and their order depend on lengths, budget and window alone. Rows of a batch are
+    not consecutive; features are stored by row all the same.
+
+    See `token_budget_rows`, which checks what is given.
+    """
+
+    dataset: Any
+    lengths: Tensor
+    token_budget: int
+    collate: Callable[[list[Any]], Any]
+    window: int
+    num_workers: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return len(self.lengths)
+
+    def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
+        """Collated batches, window after window, short sequences first; rows of a batch ascend in length."""
+        cuts = [rows for rows in self._cuts() if ranges is None or _any_inside(rows, ranges)]
+        loader: Iterable[Any] = DataLoader(
+            self.dataset,
+            batch_sampler=[rows.tolist() for rows in cuts],
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+        )
+        for rows, batch in zip(cuts, loader):
+            yield rows, _checked(batch, len(rows))
+
+    def example(self, row: int) -> Any:
+        """Row `row` as a batch of one."""
+        return self.collate([self.dataset[row]])
+
+    def _cuts(self) -> Iterator[Tensor]:
+        for start in range(0, self.num_rows, self.window):
+            lengths = self.lengths[start : start + self.window]
+            order = torch.argsort(lengths, stable=True)
+            first = 0
+            for place, length in enumerate(lengths[order].tolist()):
+                if place > first and length * (place + 1 - first) > self.token_budget:
+                    yield start + order[first:place]
+                    first = place
+            yield start + order[first:]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefetchedRows(RowSource):
+    """Another source, whose next batch is loaded by a thread while the present one is computed with.
+
+    For sources whose loading takes time and has no worker processes: reading, decoding, tokenising. The order is the
+    source's; its errors are raised where the batch would have come.
+    """
+
+    source: RowSource
+
+    @property
+    def num_rows(self) -> int:
+        """N."""
+        return self.source.num_rows
+
+    def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
+        """The source's batches, at most one ahead."""
+        loaded = self.source.batches(ranges)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="trak-loading") as loading:
+            coming = loading.submit(next, loaded, None)
+            while (batch := coming.result()) is not None:
+                coming = loading.submit(next, loaded, None)
+                yield batch
+
+    def example(self, row: int) -> Any:
+        """Row `row` as a batch of one."""
+        return self.source.example(row)
+
+    def sample_hash(self, num_rows: int = 16) -> str | None:
+        """The source's."""
+        return self.source.sample_hash(num_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +274,56 @@ def as_rows(data: Any, *, batch_size: int | None = None, what: str = "train_set"
     if source.num_rows == 0:
         raise InputError(f"{what} is empty")
     return source
+
+
+def token_budget_rows(
+    dataset: Any,
+    lengths: Sequence[int] | Tensor,
+    token_budget: int,
+    *,
+    collate: Callable[[list[Any]], Any],
+    window: int = 4096,
+    num_workers: int = 0,
+) -> TokenBudgetRows:
+    """Batches of about equal cost for sequences of unequal length: pass the result as `train_set` or targets.
+
+    A sequence that is longer than the budget makes a batch of its own. Padding is the collate function's: it sees sequences of
+    about one length at a time.
+
+    Args:
+        dataset: map-style, with `__len__` and `__getitem__`.
+        lengths: tokens of each row, [N], whole numbers ≥ 1.
+        token_budget: most tokens of a batch, padding included.
+        collate: makes a padded batch of a list of examples; see `torch.utils.data.DataLoader`.
+        window: rows that are sorted together. Features wait in memory until their shard of consecutive rows is full.
+        num_workers: processes that load.
+
+    Raises:
+        InputError: lengths that do not fit the dataset, or numbers below 1.
+    """
+    numbers = torch.as_tensor(lengths)
+    if numbers.is_floating_point() or numbers.shape != (len(dataset),) or bool((numbers < 1).any()):
+        raise InputError(
+            f"lengths must be {len(dataset)} whole numbers ≥ 1, one for each row; got {batches.describe(numbers)}"
+            + (f" with a least of {numbers.min()}" if numbers.numel() else "")
+        )
+    for name, value, least in (
+        ("token_budget", token_budget, 1),
+        ("window", window, 1),
+        ("num_workers", num_workers, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be a whole number ≥ {least}; got {value!r}")
+    return TokenBudgetRows(dataset, numbers.long(), token_budget, collate, window, num_workers)
+
+
+def prefetched(data: Any, *, batch_size: int | None = None, what: str = "train_set") -> PrefetchedRows:
+    """`as_rows(data)`, whose next batch is loaded while the present one is computed with.
+
+    Raises:
+        InputError: as `as_rows`.
+    """
+    return PrefetchedRows(as_rows(data, batch_size=batch_size, what=what))
 
 
 def content_hash(items: Iterable[Any]) -> str:
@@ -275,6 +413,10 @@ def _default_collate(examples: list[Any]) -> Any:
             "as a whole pass a tuple of tensors, (torch.as_tensor(inputs), torch.as_tensor(labels)), instead of a list or arrays; for examples of "
             "different sizes a DataLoader with a collate_fn"
         ) from error
+
+
+def _any_inside(rows: Tensor, ranges: Sequence[Range]) -> bool:
+    return any(bool(((rows >= low) & (rows < high)).any()) for low, high in ranges)
 
 
 def _checked(batch: Any, expected: int) -> Any:

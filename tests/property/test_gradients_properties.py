@@ -82,6 +82,87 @@ def test_stacks_of_layers_and_any_subset_of_parameters(kinds, batch_size, middle
         torch.testing.assert_close(collect(gradients, model, batch, chosen)[1], wanted, rtol=1e-9, atol=1e-11)
 
 
+class Attended(nn.Module):
+    """Attention over whatever lies between batch and features."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, **settings)
+
+    def forward(self, x):
+        tokens = x.reshape(x.shape[0], -1, 3)
+        tokens = tokens if self.attention.batch_first else tokens.transpose(0, 1)
+        out, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        out = out if self.attention.batch_first else out.transpose(0, 1)
+        return out.reshape(x.shape)
+
+
+class Folded(nn.Module):
+    """A learned shift, given all positions as rows of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = Shifted()
+
+    def forward(self, x):
+        return self.shift(x.reshape(-1, 3)).reshape(x.shape).tanh()
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x * self.shift.cos() + self.shift
+
+
+class TwiceShifted(nn.Module):
+    """One module that is called twice, with a module of its kind inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner = nn.Parameter(torch.zeros(3)), Shifted()
+
+    def forward(self, x):
+        return self.inner(x * self.outer) + self.inner(x).sin()
+
+
+OTHERS = {
+    "linear": lambda: nn.Linear(3, 3),
+    "attention": lambda: Attended(batch_first=True),
+    "attention, time first": Attended,
+    "attention without a rule": lambda: Attended(add_zero_attn=True),
+    "shifted": Shifted,
+    "folded": Folded,
+    "twice": TwiceShifted,
+    "prelu": nn.PReLU,
+}
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.sampled_from(sorted(OTHERS)), min_size=1, max_size=4),
+    st.integers(2, 4),
+    st.integers(1, 4),
+    st.lists(st.integers(1, 4), max_size=2),
+)
+def test_modules_with_and_without_rules(kinds, checked_size, batch_size, middle):
+    """What the check settles on is right for batches of other sizes, also where sizes coincide."""
+    torch.manual_seed(len(kinds))
+    model = nn.Sequential(nn.Linear(3, 3), *(OTHERS[kind]() for kind in kinds), nn.Linear(3, 2)).to(DOUBLE)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.7)
+    names = [name for name, _ in model.named_parameters()]
+    state = model_state(model, None, "cpu")
+    first = (torch.randn(checked_size, *middle, 3, dtype=DOUBLE),)
+    source = check_first_batch(Auto(), model, state, Readout(), first, names)
+    assert isinstance(source, Hooked)
+    batch = (torch.randn(batch_size, *middle, 3, dtype=DOUBLE),)
+    got, wanted = collect(source, model, batch)[1], collect(Reference(), model, batch)[1]
+    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     "gradients", [Hooked(), Functional(), Reference(), Auto()], ids=lambda g: type(g).__name__
 )

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from trak.datasets import as_rows, content_hash
+from trak.datasets import as_rows, content_hash, prefetched, token_budget_rows
 from trak.errors import InputError
 
 X, Y = torch.arange(10.0)[:, None], torch.arange(10)
@@ -162,3 +165,112 @@ def test_content_hash_sees_what_is_no_tensor(one, other):
 def test_a_list_or_arrays_in_place_of_a_tuple_of_tensors(data):
     with pytest.raises(InputError, match="pass a tuple of tensors"):
         list(as_rows(data).batches())
+
+
+class Ragged(Dataset):
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        return torch.full((self.lengths[i],), float(i))
+
+
+def pad(items):
+    return torch.nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1.0)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(1, 60), st.integers(1, 50), st.data()
+)
+def test_batches_by_cost(lengths, budget, window, data):
+    source = token_budget_rows(Ragged(lengths), lengths, budget, collate=pad, window=window)
+    full = list(source.batches())
+    assert sorted(torch.cat([rows for rows, _ in full]).tolist()) == list(range(len(lengths)))
+    for rows, batch in full:
+        assert batch.numel() <= budget or len(rows) == 1
+        assert batch[:, 0].tolist() == rows.tolist()
+        assert batch.shape == (len(rows), max(lengths[row] for row in rows.tolist()))
+        assert len({row // window for row in rows.tolist()}) == 1
+    edges = sorted(data.draw(st.sets(st.integers(0, len(lengths)), max_size=6)))
+    ranges = [(a, b) for a, b in zip(edges[::2], edges[1::2])]
+    wanted = {row for a, b in ranges for row in range(a, b)}
+    got = [rows.tolist() for rows, _ in source.batches(ranges)]
+    assert got == [rows.tolist() for rows, _ in full if wanted & set(rows.tolist())]
+
+
+def test_batches_by_cost_waste_less():
+    lengths = torch.randint(1, 100, (500,), generator=torch.Generator().manual_seed(0))
+    sources = (
+        as_rows(list(lengths), batch_size=20),
+        token_budget_rows(Ragged(lengths), lengths, 1000, collate=pad),
+    )
+    padded = [sum(len(r) * int(lengths[r].max()) for r, _ in source.batches()) for source in sources]
+    assert padded[1] < 1.05 * int(lengths.sum()) < 1.6 * int(lengths.sum()) < padded[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"lengths": [1, 2]}, "lengths must be 3 whole numbers"),
+        ({"lengths": [1, 0, 2]}, "a least of 0"),
+        ({"lengths": [1.0, 2.0, 3.0]}, "whole numbers"),
+        ({"token_budget": 0}, "token_budget"),
+        ({"window": 0}, "window"),
+        ({"num_workers": -1}, "num_workers"),
+    ],
+)
+def test_budgets_that_cannot_be(options, match):
+    options = {"lengths": [1, 2, 3], "token_budget": 5, **options}
+    with pytest.raises(InputError, match=match):
+        token_budget_rows(Ragged([1, 2, 3]), collate=pad, **options)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_loading_ahead_changes_nothing(name):
+    plain, ahead = as_rows(SOURCES[name], batch_size=3), prefetched(SOURCES[name], batch_size=3)
+    assert (ahead.num_rows, ahead.sample_hash()) == (plain.num_rows, plain.sample_hash())
+    for ranges in (None, [(2, 3), (7, 9)]):
+        both = list(zip(plain.batches(ranges), ahead.batches(ranges), strict=True))
+        assert all(torch.equal(one[0], other[0]) for one, other in both)
+        assert content_hash(one for one, _ in both) == content_hash(other for _, other in both)
+
+
+class Slow(Dataset):
+    """Notes what is loaded, and fails at row 6."""
+
+    def __init__(self):
+        self.loaded = []
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        if i == 6:
+            raise OSError("row 6 cannot be read")
+        self.loaded.append(i)
+        return torch.tensor(float(i))
+
+
+def test_one_batch_is_loaded_ahead_and_errors_come_in_their_place():
+    dataset = Slow()
+    batches = prefetched(dataset, batch_size=2).batches()
+    next(batches)
+    for _ in range(200):
+        if len(dataset.loaded) == 4:
+            break
+        time.sleep(0.01)
+    assert dataset.loaded == [0, 1, 2, 3]
+    assert [rows.tolist() for rows, _ in (next(batches), next(batches))] == [[2, 3], [4, 5]]
+    with pytest.raises(OSError, match="row 6"):
+        next(batches)
+
+
+def test_threads_end_with_the_loop():
+    batches = prefetched(Slow(), batch_size=2).batches()
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("trak-loading")]

@@ -5,7 +5,7 @@ import torch
 
 from trak.gradients import Auto, Functional, Gradients, Hooked, Reference
 from trak.testing.gradients import GradientsContract, collect
-from trak.testing.models import CASES, Case
+from trak.testing.models import CASES, LOCAL_CASES, Case
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,16 @@ class TestFunctional(GradientsContract):
 class TestFunctionalInChunks(GradientsContract):
     def make(self) -> Gradients:
         return Functional(chunk_size=2)
+
+
+class TestAuto(GradientsContract):
+    """Local passes and expanded parameters, that is; layers with rules are tested above."""
+
+    def make(self) -> Gradients:
+        return Auto()
+
+    def cases(self):
+        return LOCAL_CASES
 
 
 class TestHooked(GradientsContract):
@@ -72,9 +82,9 @@ def test_lower_precisions(gradients: Gradients, name: str, dtype: torch.dtype) -
     assert (error / total) ** 0.5 < (1e-4 if dtype == torch.float32 else 0.2)
 
 
-def test_auto_is_hooked_where_it_can_be_and_functional_elsewhere() -> None:
-    for case in CASES:
-        model, _ = case.build()
-        first = Auto().candidates(model, [name for name, _ in model.named_parameters()])[0]
-        expected = case.hooked or case.name == "weight used outside its layer"
-        assert isinstance(first, Hooked if expected else Functional), case.name
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_auto_is_hooked_alone_where_rules_cover_everything(case: Case) -> None:
+    model, _ = case.build()
+    first = Auto().candidates(model, [name for name, _ in model.named_parameters()])[0]
+    assert isinstance(first, Hooked)
+    assert (first == Hooked()) == (case.hooked or case.name == "weight used outside its layer")

@@ -98,7 +98,129 @@ def test_hooks_are_chosen_and_pass_the_check(make):
     )
 
 
-def test_position_tables_without_batch_dimension_are_left_to_vmap():
+LAYERS = {"num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 12}
+T5_BIAS = "SelfAttention.relative_attention_bias.weight"
+
+
+def seq2seq(attention):
+    config = transformers.T5Config(
+        d_model=8,
+        d_ff=12,
+        d_kv=4,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        use_cache=False,
+        attn_implementation=attention,
+        **SMALL,
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def vit(attention):
+    config = transformers.ViTConfig(
+        num_hidden_layers=2, image_size=8, patch_size=4, attn_implementation=attention, **LAYERS
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def clip(attention):
+    sides = {"num_hidden_layers": 1, **LAYERS}
+    config = transformers.CLIPConfig(
+        text_config={"max_position_embeddings": 10, **sides, **SMALL},
+        vision_config={"image_size": 8, "patch_size": 4, **sides},
+        projection_dim=6,
+        attn_implementation=attention,
+    )
+    return transformers.CLIPModel(config)
+
+
+def mixtral(attention):
+    config = transformers.MixtralConfig(
+        num_hidden_layers=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        max_position_embeddings=10,
+        use_cache=False,
+        experts_implementation="eager",
+        attn_implementation=attention,
+        **LAYERS,
+        **SMALL,
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+def with_attention(make):
+    def build(attention):
+        model = make()
+        model.set_attn_implementation(attention)
+        return model
+
+    return build
+
+
+# Model, what goes by a way of its own: modules with a local pass, and expanded parameters.
+TABLE = {
+    "bert": (with_attention(bert), [], []),
+    "gpt2": (with_attention(gpt2), [], []),
+    "llama": (with_attention(llama), [], []),
+    "t5": (
+        seq2seq,
+        ["encoder.block.0.layer.0.SelfAttention", "decoder.block.0.layer.0.SelfAttention"],
+        [],
+    ),
+    "vit": (vit, [], ["vit.embeddings.cls_token", "vit.embeddings.position_embeddings"]),
+    "clip": (clip, ["", "vision_model.embeddings"], []),
+    "mixtral": (
+        mixtral,
+        [f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("gate", "experts")],
+        [],
+    ),
+}
+
+
+class Any(Readout):
+    """A smooth function of the logits, or of both embeddings."""
+
+    def output(self, model, batch):
+        out = model(**batch)
+        values = getattr(out, "logits", None)
+        if values is None:
+            values = torch.cat([out.image_embeds, out.text_embeds], 1)
+        values = values.flatten(1)
+        return values.tanh() @ torch.arange(1, values.shape[1] + 1).to(values.dtype).sin()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", TABLE)
+def test_which_way_each_model_takes(name, attention):
+    make, modules, expanded = TABLE[name]
+    model, batch = build(lambda: make(attention))
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    if name == "vit":
+        batch = {"pixel_values": images}
+    if name == "clip":
+        batch["input_ids"][:, -1] = SMALL["eos_token_id"]
+        batch["pixel_values"] = images
+    if name == "t5":
+        batch["decoder_input_ids"] = torch.randint(3, 19, (3, 5))
+    names = [name for name, _ in model.named_parameters()]
+    state = model_state(model, None, "cpu")
+    source = check_first_batch(Auto(), model, state, Any(), batch, names)
+    assert isinstance(source, Hooked)
+    assert sorted(local.module for local in source.local) == sorted(modules)
+    assert list(source.expanded) == expanded
+    got, wanted = (collect(g, model, batch, task=Any())[1] for g in (source, Reference()))
+    for parameter, values in wanted.items():
+        # Llama and its kin compute their norms and rotations in float32 whatever their weights are in.
+        tolerance = 1e-5 if name in ("llama", "mixtral", "t5", "clip") else 1e-8
+        atol = tolerance * max(float(values.abs().max()), 1e-3)
+        torch.testing.assert_close(
+            got[parameter], values, rtol=1e-5, atol=atol, msg=lambda m, name=parameter: f"{name}: {m}"
+        )
+
+
+def test_position_tables_without_batch_dimension_have_a_local_pass():
     """T5 looks up a table of relative positions for all examples at once."""
     model, batch = build(t5)
     del batch["attention_mask"]
@@ -111,4 +233,5 @@ def test_position_tables_without_batch_dimension_are_left_to_vmap():
     state = model_state(model, None, "cpu")
     assert check_first_batch(Auto(), model, state, Encoded(), batch, names) == Hooked()
     every = [name for name, _ in model.named_parameters()]
-    assert check_first_batch(Auto(), model, state, Encoded(), batch, every) == Functional()
+    source = check_first_batch(Auto(), model, state, Encoded(), batch, every)
+    assert [local.parameters for local in source.local] == [(f"block.0.layer.0.{T5_BIAS}",)]

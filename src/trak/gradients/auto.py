@@ -1,4 +1,4 @@
-"""The default: hooked where every attributed parameter is covered, functional otherwise."""
+"""The default: hooked, with local passes where no layer rule helps; functional where even that cannot be."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trak.errors import GradientError
 from trak.gradients.base import Consume, Gradients, Outputs
 from trak.gradients.functional import Functional
 from trak.gradients.hooked import Hooked
+from trak.gradients.mixed import widened, with_local_passes
 from trak.tasks.base import Task
 
 
 @dataclass(frozen=True)
 class Auto(Gradients):
-    """`Hooked()` where it covers every attributed parameter, `Functional()` otherwise.
+    """`Hooked()`, with local passes through modules whose parameters no layer rule covers; else `Functional()`.
 
-    `check_first_batch` also falls back from the first to the second if its gradients fail the check.
+    `check_first_batch` also moves parameters whose gradients fail the check from rules to local passes, and
+    falls back to `Functional()` if they fail there too.
     """
 
     def candidates(self, model: nn.Module, names: Sequence[str]) -> tuple[Gradients, ...]:
-        """Hooked, if it covers all, and functional."""
-        hooked = Hooked()
-        return (Functional(),) if hooked.covers(model, names) else (hooked, Functional())
+        """Hooked, and functional; the latter alone where a local pass would be one through the whole model."""
+        hooked = with_local_passes(Hooked(), model, names)
+        return (Functional(),) if hooked is None else (hooked, Functional())
+
+    def instead(
+        self, model: nn.Module, names: Sequence[str], failed: Gradients, error: GradientError
+    ) -> Gradients | None:
+        """Hooked with wider local passes for the parameters that failed."""
+        return widened(failed, model, names, error) if isinstance(failed, Hooked) else None
 
     def compute(
         self,

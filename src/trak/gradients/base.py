@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trak.blocks import Block
-from trak.errors import InputError
+from trak.errors import GradientError, InputError
 from trak.tasks.base import Task
 
 Consume = Callable[[Block], None]
@@ -37,6 +37,19 @@ class Outputs:
 
     f: Tensor
     q: Tensor
+
+
+class BlamedError(GradientError):
+    """A `GradientError` that knows which parameters are concerned, so that others can be kept as they are.
+
+    Attributes:
+        parameters: canonical names.
+        under_vmap: whether a loop over examples might do what vmap cannot.
+    """
+
+    def __init__(self, message: str, parameters: Sequence[str], *, under_vmap: bool = False) -> None:
+        super().__init__(message)
+        self.parameters, self.under_vmap = tuple(parameters), under_vmap
 
 
 class Gradients(ABC):
@@ -79,6 +92,15 @@ class Gradients(ABC):
         Raises:
             UnsupportedLayerError: a parameter is not covered, and nothing else was allowed.
         """
+
+    def instead(
+        self, model: nn.Module, names: Sequence[str], failed: Gradients, error: GradientError
+    ) -> Gradients | None:
+        """What to try in place of `failed`, one of the candidates or what came of it, before the next candidate.
+
+        None, the default: nothing.
+        """
+        return None
 
 
 def forward(task: Task, model: nn.Module, batch: Any, batch_size: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trak.batches import batch_size, take
 from trak.blocks import Block
 from trak.errors import GradientError, InputError, MixedExamplesError, NonFiniteError, TrakError
-from trak.gradients.base import Gradients, Outputs, forward, random_state_kept
+from trak.gradients.base import BlamedError, Gradients, Outputs, forward, random_state_kept
 from trak.gradients.reference import batch_gradient
 from trak.gradients.swap import lend
 from trak.logs import logger
@@ -66,8 +66,9 @@ def check_first_batch(
     A batch of one example cannot show mixing; check another one before larger batches follow.
 
     Args:
-        gradients: the source to verify. `Auto` falls back from hooked to functional gradients with a warning
-            in the log; any other source must pass.
+        gradients: the source to verify. `Auto` exchanges layer rules that are wrong here for local passes, and
+            falls back to functional gradients, with a warning in the log, where that does not help; any other
+            source must pass.
         model: gives the code; comes back untouched.
         state: every parameter and buffer by canonical name.
         task: what f is.
@@ -91,18 +92,30 @@ def check_first_batch(
         expected = _expectation(model, state, task, batch, names)
         candidates = gradients.candidates(model, names)
         for candidate, fall_back in zip(candidates, [*candidates[1:], None]):
-            try:
-                _compare(candidate, model, state, task, batch, names, expected)
-                return candidate
-            except GradientError as error:
-                if fall_back is None:
-                    raise
-                logger.warning(
-                    "%s cannot be used with this model, %s is slower and used instead: %s",
-                    type(candidate).__name__,
-                    type(fall_back).__name__,
-                    error,
-                )
+            source: Gradients | None = candidate
+            reasons: list[GradientError] = []
+            while source is not None:
+                try:
+                    _compare(source, model, state, task, batch, names, expected)
+                except GradientError as error:
+                    reasons.append(error)
+                    source = gradients.instead(model, names, source, error)
+                    continue
+                if reasons:
+                    logger.warning(
+                        "Some parameters of this model need another way than was tried first; passes of single modules "
+                        "are slower and used instead: %s",
+                        reasons[0],
+                    )
+                return source
+            if fall_back is None:
+                raise reasons[-1]
+            logger.warning(
+                "%s cannot be used with this model, %s is slower and used instead: %s",
+                type(candidate).__name__,
+                type(fall_back).__name__,
+                reasons[0],
+            )
     raise GradientError(f"{type(gradients).__name__}.candidates returned nothing to try")
 
 
@@ -206,6 +219,7 @@ def _require_equal(
         for single in map(_wide, one.values())
     )
     worst, worst_error, worst_excess = "", 0.0, 1.0
+    wrong: list[str] = []
     for name, value in got.items():
         _require_finite(f"{what}, parameter {name!r},", value)
         difference = float((_wide(value) - _wide(wanted[name])).norm())
@@ -214,14 +228,17 @@ def _require_equal(
         scale = max(float(_wide(part).norm()) for part in parts)
         allowed = expected.tolerance.gradients * scale + expected.tolerance.noise * float(largest)
         excess = difference / allowed if allowed else float(difference > 0) * 2
+        if excess > 1.0:
+            wrong.append(name)
         if excess > worst_excess:
             worst, worst_error, worst_excess = name, difference / scale if scale else float("inf"), excess
     if worst:
-        raise GradientError(
+        raise BlamedError(
             f"{what} is not what autograd gives; worst for parameter {worst!r}, relative error "
             f"{worst_error:.3g}. Is the parameter also used outside its own module's forward, or a layer "
             "called without its hooks? Use gradients=trak.gradients.Functional() or "
-            "trak.gradients.Reference()"
+            "trak.gradients.Reference()",
+            wrong,
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trak.batches import batch_size, flatten
+from trak.batches import batch_size, flatten, take
 from trak.blocks import DenseBlock
 from trak.errors import GradientError, InputError, TrakError
 from trak.gradients.base import Consume, Gradients, Outputs, forward, random_state_kept
@@ -24,16 +24,22 @@ class Functional(Gradients):
     """All examples at once by vmap(grad(f)); holds the dense gradients of a whole batch, B × P numbers.
 
     Attributes:
-        chunk_size: examples whose activations are held at once; None takes the whole batch.
+        chunk_size: examples whose activations are held at once; None takes as many as fit `memory_budget`, which
+            one example's forward pass tells, batch by batch.
+        memory_budget: for activations and the gradients of a chunk, in bytes; estimated, and beside the B × P
+            numbers of the whole batch.
     """
 
     chunk_size: int | None = None
+    memory_budget: int = 2**30
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None and self.chunk_size < 1:
             raise InputError(
-                f"chunk_size must be at least 1, or None for the whole batch; got {self.chunk_size}"
+                f"chunk_size must be at least 1, or None to fit memory_budget; got {self.chunk_size}"
             )
+        if self.memory_budget < 1:
+            raise InputError(f"memory_budget must be at least 1 byte; got {self.memory_budget}")
 
     def candidates(self, model: nn.Module, names: Sequence[str]) -> tuple[Gradients, ...]:
         """Itself: whether vmap knows the model's operations shows on the first batch."""
@@ -67,10 +73,10 @@ class Functional(Gradients):
             return f[0], (f[0].detach(), q[0])
 
         per_example = vmap(grad(output, has_aux=True), in_dims=(None, 0))
-        chunk = self.chunk_size or size
         pieces = []
         values: dict[str, Tensor] = {}
         with random_state_kept(state):
+            chunk = self.chunk_size or self._fitting(model, state, task, batch, names)
             for start in range(0, size, chunk):
                 gradients, outputs = _run(
                     per_example, attributed, [leaf[start : start + chunk] for leaf in leaves]
@@ -80,6 +86,47 @@ class Functional(Gradients):
         for name in names:
             consume(DenseBlock(name, tuple(state[name].shape), values.pop(name)))
         return Outputs(torch.cat([f for f, _ in pieces]), torch.cat([q for _, q in pieces]))
+
+    def _fitting(
+        self, model: nn.Module, state: Mapping[str, Tensor], task: Task, batch: Any, names: Sequence[str]
+    ) -> int:
+        """Examples per chunk: as many as fit the budget, in chunks of about equal size."""
+        size = batch_size(batch)
+        if size == 1:
+            return 1
+        activations = _saved_bytes(model, state, task, take(batch, slice(0, 1)), names)
+        # The backward pass holds gradients of activations beside them.
+        each = 2 * activations
+        if size * each > self.memory_budget:
+            # Gradients of a chunk are copied into the batch's.
+            each += sum(state[name].numel() * state[name].element_size() for name in names)
+        most = max(1, self.memory_budget // max(each, 1))
+        return -(-size // -(-size // most))
+
+
+def _saved_bytes(
+    model: nn.Module, state: Mapping[str, Tensor], task: Task, example: Any, names: Sequence[str]
+) -> int:
+    """What autograd keeps of the forward pass of one example, in bytes, without parameters and inputs."""
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    attributed = {name: state[name].detach().requires_grad_() for name in names}
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        lend(model, {**state, **attributed}),
+    ):
+        outputs = forward(task, model, example, 1)
+        given = {tensor.untyped_storage().data_ptr() for tensor in (*state.values(), *flatten(example)[0])}
+        total = sum(size for pointer, size in saved.items() if pointer not in given)
+        del outputs  # until here, so that no storage is used twice
+    return total
 
 
 def _place(values: dict[str, Tensor], gradients: dict[str, Tensor], start: int, size: int) -> None:

@@ -9,19 +9,22 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from trak.batches import batch_size, flatten
-from trak.errors import GradientError, InputError, TrakError, UnsupportedLayerError
+from trak.batches import batch_size, flatten, take
+from trak.blocks import DenseBlock
+from trak.errors import GradientError, TrakError, UnsupportedLayerError
 from trak.gradients.base import Consume, Gradients, Outputs, forward, random_state_kept
-from trak.gradients.layers import RULES, LayerCall, LayerRule
+from trak.gradients.layers import RULES, LayerRule
+from trak.gradients.layers.multihead_attention import InProjectionRule, in_steps, projections
+from trak.gradients.local import Local, LocalWatch
 from trak.gradients.swap import LENDING, lend
+from trak.gradients.watch import Layer, SteppedAttention, Watch
 from trak.tasks.base import Task
 
 
@@ -36,9 +39,15 @@ class Hooked(Gradients):
 
     Attributes:
         rules: layer rules; a module is given to the first that covers any of its attributed parameters.
+        local: modules with a pass of their own for the parameters named there, which no rule covers. `Auto` and
+            the first-batch check find them (see `trak.gradients.mixed`).
+        expanded: canonical names of parameters [1, ...] that the forward pass is given as one copy per example,
+            [B, ...] (class tokens, position tables): autograd then keeps the examples apart by itself.
     """
 
     rules: tuple[LayerRule, ...] = field(default=RULES, repr=False)
+    local: tuple[Local, ...] = ()
+    expanded: tuple[str, ...] = ()
 
     def candidates(self, model: nn.Module, names: Sequence[str]) -> tuple[Gradients, ...]:
         """Itself, if every parameter is covered.
@@ -71,25 +80,46 @@ class Hooked(Gradients):
                 had read it.
         """
         plan = self._plan(model, names)
+        with LENDING:
+            stepped = self._attention(model, names)
         size = batch_size(batch)
-        tensors = {name: tensor.detach() for name, tensor in state.items()}
-        watch = _Watch(
+        expanded = [name for name in self.expanded if name in names]
+        detached = {name: tensor.detach() for name, tensor in state.items()}
+        leaves = {
+            name: detached[name].expand(size, *state[name].shape[1:]).requires_grad_() for name in expanded
+        }
+        watch = Watch(
             size, consume, {leaf.untyped_storage().data_ptr() for leaf in flatten(batch)[0]}, _device(batch)
         )
-        with random_state_kept(state), lend(model, tensors), torch.enable_grad():
-            with watch.on(plan):
-                f, q = watch.forward(task, model, batch)
-            if f.requires_grad:
-                try:
-                    torch.autograd.grad(f.sum(), watch.anchor, allow_unused=True)
-                except CheckpointError as error:
-                    raise GradientError(
-                        "activation checkpointing (torch.utils.checkpoint) computes layers again without their "
-                        "hooks. Switch it off, or use gradients=trak.gradients.Reference()"
-                    ) from error
+        watch.blamed.extend(expanded)
+        # An ordinary gradient says whether f depends on them at all: a pass through the whole model is dear.
+        whole = {
+            name: state[name].detach().requires_grad_()
+            for local in self.local
+            if not local.module
+            for name in local.parameters
+            if name in names
+        }
+        locals_ = LocalWatch(model, _wanted(self.local, names), size, watch.blamed)
+        with random_state_kept(state), torch.enable_grad():
+            with lend(model, {**detached, **whole, **leaves}):
+                with watch.on(plan), watch.stepping(stepped), locals_.watching(watch.anchor):
+                    f, q = watch.forward(task, model, batch)
+                if f.requires_grad:
+                    found = _backward(f, watch.anchor, {**whole, **leaves})
+                    locals_.forget([name for name in whole if name not in found])
+                    for name, gradient in found.items():
+                        if name in leaves:
+                            consume(DenseBlock(name, tuple(state[name].shape), gradient.unsqueeze(1)))
+            if locals_.locals:
+                # The state as it is, without expanded parameters: a local pass sees one example at a time.
+                with lend(model, detached):
+                    if size > 1:
+                        _probe(locals_, task, model, batch, size)
+                    locals_.pull_back(consume)
         return Outputs(f.detach(), q)
 
-    def _plan(self, model: nn.Module, names: Sequence[str]) -> list[_Layer]:
+    def _plan(self, model: nn.Module, names: Sequence[str]) -> list[Layer]:
         with LENDING:
             uncovered, layers = self._uncovered(model, names), list(self._layers(model, names))
         if uncovered:
@@ -97,7 +127,8 @@ class Hooked(Gradients):
             more = f" (and {len(uncovered) - 1} more)" if len(uncovered) > 1 else ""
             raise UnsupportedLayerError(
                 f"no layer rule covers parameter {name!r} of {type(module).__name__}{more}. Use "
-                "gradients=trak.gradients.Functional(), which takes any layer; or leave the parameter out "
+                "gradients=trak.gradients.Auto(), which gives such modules a pass of their own, or "
+                "trak.gradients.Functional(), which takes any layer; or leave the parameter out "
                 "with parameters=...; or write a rule and pass Hooked(rules=(MyRule(), *RULES))"
             )
         return layers
@@ -105,150 +136,62 @@ class Hooked(Gradients):
     def _uncovered(self, model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
         """Canonical names of parameters that some module holds and no rule covers, with that module."""
         uncovered: dict[str, nn.Module] = {}
-        for _, module, local_names in _holders(model, names):
+        stepped = {f"{name}.out_proj" for name, _ in self._stepped(model)}
+        for module_name, module, local_names in self._ruled(model, names):
             rule = _rule_for(self.rules, module, local_names)
             covered = rule.covers(module) if rule else frozenset()
+            if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
+                # The output projection of attention, which is called as a module only in the computation in steps.
+                covered = covered if module_name in stepped or f".{module_name}" in stepped else frozenset()
             uncovered |= {name: module for local, name in local_names.items() if local not in covered}
         return uncovered
 
-    def _layers(self, model: nn.Module, names: Sequence[str]) -> Iterator[_Layer]:
-        for module_name, module, local_names in _holders(model, names):
+    def _attention(self, model: nn.Module, names: Sequence[str]) -> list[SteppedAttention]:
+        """Attention modules with attributed parameters that rules have, and what each projection holds."""
+        ruled = {name: local_names for name, _, local_names in self._ruled(model, names)}
+        rule = next((rule for rule in self.rules if isinstance(rule, InProjectionRule)), None)
+        found = []
+        for name, module in self._stepped(model):
+            own = ruled.get(name, {})
+            if rule is not None and (own or join(name, "out_proj") in ruled):
+                parts = projections(module)
+                layers = [Layer(name, part, rule, own) for part in parts] if own else []
+                found.append(SteppedAttention(module, parts, layers))
+        return found
+
+    def _stepped(self, model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
+        """Attention modules that can be computed in steps, and none of whose parameters takes another way."""
+        if not any(isinstance(rule, InProjectionRule) for rule in self.rules):
+            return
+        elsewhere = {path.rpartition(".")[0] for local in self.local for path, _ in local.slots}
+        for name, module in model.named_modules():
+            if in_steps(module) and name not in elsewhere and join(name, "out_proj") not in elsewhere:
+                yield name, module
+
+    def _ruled(
+        self, model: nn.Module, names: Sequence[str]
+    ) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
+        """As `holders`, without what is dealt with in another way than by rules."""
+        elsewhere = {path for local in self.local for path, _ in local.slots}
+        for module_name, module, local_names in holders(model, names):
+            left = {
+                local: name
+                for local, name in local_names.items()
+                if name not in self.expanded and join(module_name, local) not in elsewhere
+            }
+            if left:
+                yield module_name, module, left
+
+    def _layers(self, model: nn.Module, names: Sequence[str]) -> Iterator[Layer]:
+        for module_name, module, local_names in self._ruled(model, names):
             rule = _rule_for(self.rules, module, local_names)
-            if rule is not None:
-                yield _Layer(module_name, module, rule, local_names)
+            if rule is None:
+                continue
+            if not isinstance(module, nn.MultiheadAttention):
+                yield Layer(module_name, module, rule, local_names)
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """A module to hook: its name, and its attributed parameters (local to canonical name)."""
-
-    name: str
-    module: nn.Module
-    rule: LayerRule
-    names: Mapping[str, str]
-
-
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output, in place.
-
-    Hands its gradient to `record` when the backward pass comes by.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, record: Any) -> Tensor:
-        ctx.record = record
-        ctx.set_materialize_grads(False)
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None]:
-        record, ctx.record = ctx.record, None
-        (gradient,) = gradients
-        if gradient is not None:
-            record(gradient)
-        return gradient, None, None
-
-
-class _Watch:
-    """One forward and backward pass under hooks."""
-
-    def __init__(self, size: int, consume: Consume, storages: set[int], device: torch.device) -> None:
-        self.size, self.consume, self.storages = size, consume, storages
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.expanded: list[str] = []
-
-    @contextmanager
-    def on(self, plan: Sequence[_Layer]) -> Iterator[None]:
-        """Hooks on the layers, for the length of a forward pass."""
-        with ExitStack() as hooks:
-            for layer in plan:
-                before = layer.module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
-                hooks.callback(before.remove)
-                # First of all hooks, so that it sees the layer's own output and not what others make of it.
-                after = layer.module.register_forward_hook(self._after(layer), with_kwargs=True, prepend=True)
-                hooks.callback(after.remove)
-            yield
-
-    def forward(self, task: Task, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """The task's f and q. Errors that an expanded input may have caused say so."""
-        try:
-            return forward(task, model, batch, self.size)
-        except Exception as error:
-            # Not even a task's complaint about shapes is the user's fault where they come of the expansion.
-            if not self.expanded or (isinstance(error, TrakError) and not isinstance(error, InputError)):
-                raise
-            raise GradientError(
-                f"the forward pass failed after the input of {self.expanded[0]!r}, which has no batch "
-                f"dimension, was expanded to one copy per example ({type(error).__name__}: {error}). Use "
-                "gradients=trak.gradients.Functional()"
-            ) from error
-
-    def _before(self, layer: _Layer) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            inputs = _first(layer, args, kwargs)
-            if self.size == 1 or not torch.is_grad_enabled() or not self._is_shared(layer, inputs):
-                return None
-            self.expanded.append(layer.name)
-            has_batch = inputs.ndim > max(layer.rule.event_ndim(module), 1)
-            rows = inputs if has_batch else inputs.unsqueeze(0)
-            return _with_first(args, kwargs, rows.expand(self.size, *rows.shape[1:]))
-
-        return hook
-
-    def _is_shared(self, layer: _Layer, inputs: Tensor) -> bool:
-        """Whether this input has no batch dimension and serves all examples.
-
-        Decided without looking at sizes other than 1, so that no batch can be mistaken by coincidence: a
-        one-dimensional tensor of indices is one per example if it is a part of the batch, else positions made
-        in the forward pass.
-        """
-        if inputs.ndim <= layer.rule.event_ndim(layer.module) or inputs.shape[0] == 1:
-            return True
-        indices = inputs.ndim == 1 and not inputs.is_floating_point()
-        return indices and inputs.untyped_storage().data_ptr() not in self.storages
-
-    def _after(self, layer: _Layer) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return None
-            inputs = _first(layer, args, kwargs).detach()
-            if self.size > 1 and inputs.shape[0] % self.size:
-                raise GradientError(
-                    f"layer {layer.name!r} ({type(module).__name__}) is given {list(inputs.shape)} in a "
-                    f"batch of {self.size} examples: its first dimension is not the batch's. Use "
-                    "gradients=trak.gradients.Functional()"
-                )
-            tapped = output
-            if tapped._is_view():
-                # In-place operations on a differentiable view would bypass or burden the tap; this one is no
-                # view to autograd.
-                tapped = torch.ops.aten._unsafe_view(tapped, tapped.shape)
-            return _Tap.apply(tapped, self.anchor, self._recorder(layer, inputs))
-
-        return hook
-
-    def _recorder(self, layer: _Layer, inputs: Tensor) -> Any:
-        version = inputs._version
-
-        def record(gradient: Tensor) -> None:
-            if inputs._version != version:
-                raise GradientError(
-                    f"the input of layer {layer.name!r} ({type(layer.module).__name__}) was modified in "
-                    "place after the layer had read it, so that its gradient cannot be computed. Avoid "
-                    "in-place operations (x += y, inplace=True) on it"
-                )
-            dtype = getattr(layer.module, next(iter(layer.names))).dtype
-            # Under autocast a layer may be given another dtype than that of its parameters.
-            rows = inputs.to(dtype) if inputs.is_floating_point() else inputs
-            call = LayerCall(layer.module, rows, gradient.to(dtype), layer.names, self.size)
-            for block in layer.rule.blocks(call):
-                self.consume(block)
-
-        return record
-
-
-def _holders(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
+def holders(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
     """Modules that hold attributed parameters themselves: (name, module, local to canonical name)."""
     wanted = set(names)
     canonical = {id(parameter): name for name, parameter in model.named_parameters() if name in wanted}
@@ -268,22 +211,53 @@ def _rule_for(
     return next((rule for rule in rules if rule.covers(module) & local_names.keys()), None)
 
 
-def _first(layer: _Layer, args: tuple, kwargs: dict) -> Tensor:
-    """The layer's input: its first argument, by position or by name."""
-    values = [*args, *kwargs.values()]
-    if not values or not isinstance(values[0], Tensor):
+def join(module_name: str, local: str) -> str:
+    """A parameter's path from the names of its module and in its module."""
+    return f"{module_name}.{local}" if module_name else local
+
+
+def _wanted(locals_: Sequence[Local], names: Sequence[str]) -> list[Local]:
+    """The local passes that are left where only `names` are attributed."""
+    wanted = set(names)
+    kept = [replace(each, slots=tuple(s for s in each.slots if s[1] in wanted)) for each in locals_]
+    return [local for local in kept if local.slots]
+
+
+def _backward(f: Tensor, anchor: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backward pass under hooks; gradients of the leaves that f depends on."""
+    try:
+        _, *gradients = torch.autograd.grad(f.sum(), [anchor, *leaves.values()], allow_unused=True)
+    except CheckpointError as error:
         raise GradientError(
-            f"layer {layer.name!r} ({type(layer.module).__name__}) is called without a tensor for its first "
-            "argument. Use gradients=trak.gradients.Functional()"
-        )
-    return values[0]
+            "activation checkpointing (torch.utils.checkpoint) computes layers again without their "
+            "hooks. Switch it off, or use gradients=trak.gradients.Reference()"
+        ) from error
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise GradientError(
+            "under hooks a tensor that the backward pass needs is modified in place. Avoid in-place operations "
+            "(x += y, inplace=True) or use gradients=trak.gradients.Functional()"
+        ) from error
+    return {name: gradient for name, gradient in zip(leaves, gradients) if gradient is not None}
 
 
-def _with_first(args: tuple, kwargs: dict, inputs: Tensor) -> tuple[tuple, dict]:
-    if args:
-        return (inputs, *args[1:]), kwargs
-    first = next(iter(kwargs))
-    return args, {**kwargs, first: inputs}
+def _probe(watch: LocalWatch, task: Task, model: nn.Module, batch: Any, size: int) -> None:
+    """Forward passes of batches of other sizes, which show what belongs to the examples."""
+    with watch.probing(1):
+        forward(task, model, take(batch, slice(0, 1)), 1)
+    if watch.fits():
+        return
+    # A lone example without padding may have no mask, for instance; the batch and one more are like the batch.
+    more = torch.cat([torch.arange(size), torch.zeros(1, dtype=torch.int64)])
+    try:
+        with watch.probing(size + 1):
+            forward(task, model, take(batch, more), size + 1)
+    except TrakError:
+        raise
+    except RuntimeError:
+        # Outputs were expanded where they must not be; the comparison of shapes will tell of which module.
+        return
 
 
 def _device(batch: Any) -> torch.device:

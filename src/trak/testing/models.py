@@ -197,7 +197,7 @@ class HandwrittenRMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """`nn.MultiheadAttention`, whose weights no layer rule covers."""
+    """`nn.MultiheadAttention`, which is one function to torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,6 +207,192 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, 6] -> [B, T, 2]."""
         return self.head(self.attention(x, x, x, need_weights=False)[0])
+
+
+class TimeFirstAttention(nn.Module):
+    """`nn.MultiheadAttention` across two sequences with time before batch, a key mask and a causal mask.
+
+    settings: of the attention; it has a width of 4.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, **settings)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, 4] -> [B, T, 2]."""
+        causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        hidden = x[..., 0] > 1
+        memory = x.transpose(0, 1)
+        queries = self.inputs(x).transpose(0, 1)
+        out, _ = self.attention(queries, memory, memory, key_padding_mask=hidden, attn_mask=causal)
+        return self.head(out.transpose(0, 1))
+
+
+class ClassToken(nn.Module):
+    """A token and a table of positions that the batch does not have, as in vision transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.positions = nn.Parameter(torch.zeros(1, 6, 4))
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 5, 4] -> [B, 6, 4]."""
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
+        return self.layer(x.tanh())
+
+
+class Scaled(nn.Module):
+    """A residual branch with a learned scale per channel, as in CaiT and ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 4] -> [..., 4]."""
+        return x + self.scale * self.layer(x).sin()
+
+
+class _Bilinear(nn.Module):
+    """Two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pair, self.last = nn.Linear(4, 3), nn.Bilinear(3, 4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 4] -> [B, 2]."""
+        return self.last(self.pair(self.first(x), input2=x))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, 3, batch_first=True)
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, 4] -> [B, T, 4]."""
+        return self.head(self.layer(x)[0])
+
+
+class Vectors(nn.Module):
+    """Parameters in a list, which is no module that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vectors = nn.ParameterList([torch.zeros(4) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 4] -> [..., 4]."""
+        scale, shift = self.vectors
+        return x * scale + shift
+
+
+class TiedToRaw(nn.Module):
+    """One matrix, as a layer's weight and as a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.zeros(4, 4))
+        self.layer = nn.Linear(4, 4)
+        self.layer.weight = self.matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 4] -> [..., 4]."""
+        return self.layer(x).tanh() @ self.matrix
+
+
+class Experts(nn.Module):
+    """A mixture of experts: each sees the tokens that the router sends it, whosever they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 6)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4)) for _ in range(6)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, 4] -> [B, T, 4]."""
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.router(tokens).softmax(-1).topk(2, dim=-1)
+        out = tokens
+        for index, expert in enumerate(self.experts):
+            rows, places = torch.where(chosen == index)
+            if len(rows):
+                out = out.index_add(0, rows, expert(tokens[rows]) * weights[rows, places, None])
+        return out.view_as(x)
+
+
+class SideEffect(nn.Module):
+    """Hands a part of its result on by an attribute, which no hook sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.total: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 4] -> [..., 4]."""
+        self.total = (x * self.scale).cos().sum(-1, keepdim=True)
+        return x * self.scale
+
+
+class ReadsSideEffect(nn.Module):
+    """A model that reads what `SideEffect` left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 4), SideEffect(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 4] -> [..., 4]."""
+        out = self.last(self.middle(self.first(x)))
+        return out + self.middle.total
+
+
+class LoRALinear(nn.Module):
+    """A frozen layer with a trained correction of low rank, built as adapter libraries do.
+
+    base: a Linear, or a quantised layer with `in_features` and `out_features`.
+    """
+
+    def __init__(self, base: Any, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base.requires_grad_(False)
+        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(0.1)})
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        dropped = self.lora_dropout["default"](x)
+        return self.base_layer(x) + 2.0 * self.lora_B["default"](self.lora_A["default"](dropped))
+
+
+class Int8Linear(nn.Module):
+    """A layer with weights of 8 bits and a scale per row."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        values = torch.arange(in_features * out_features).reshape(out_features, in_features) % 17 - 8
+        self.weight = nn.Parameter(values.to(torch.int8), requires_grad=False)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.full((out_features, 1), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(x, self.weight.to(x.dtype) * self.scale)
 
 
 class WeightUsedTwice(nn.Module):
@@ -336,7 +522,16 @@ MODEL_CASES: tuple[Case, ...] = (
     Case("tied language model", TiedLanguageModel, _indices(11, 6)),
     Case("tied language model, flat positions", lambda: TiedLanguageModel(positions="flat"), _indices(11, 6)),
     _layer("frames folded into the batch", FoldedFrames, 2, 2, 5, 5),
-    _layer("multi-head attention", Attention, 4, 6, hooked=False),
+    _layer("multi-head attention", Attention, 4, 6),
+    _layer("attention across sequences, time first", TimeFirstAttention, 5, 4),
+    _layer(
+        "transformer encoder",
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), 2, enable_nested_tensor=False
+        ),
+        3,
+        4,
+    ),
     _layer(
         "transposed convolution",
         lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 2, 3)),
@@ -345,9 +540,50 @@ MODEL_CASES: tuple[Case, ...] = (
         6,
         hooked=False,
     ),
-    _layer("prelu", lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(4)), 4, hooked=False),
+    _layer("prelu", lambda: nn.Sequential(nn.Linear(4, 4), nn.PReLU(4)), 4),
+    _layer("prelu of images", lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.PReLU(3)), 2, 4, 5),
+    _layer("prelu with one slope", lambda: nn.Sequential(nn.Conv2d(2, 3, 2), nn.PReLU()), 2, 4, 5),
     _layer("weight used outside its layer", WeightUsedTwice, 4, hooked=False),
 )
 """Layers in company."""
+
+
+def _within(middle: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Between two layers that have rules."""
+    return lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), middle(), nn.Linear(4, 3))
+
+
+LOCAL_CASES: tuple[Case, ...] = (
+    _layer(
+        "attention with a key of its own", lambda: TimeFirstAttention(add_bias_kv=True), 5, 4, hooked=False
+    ),
+    _layer(
+        "attention with as many times as examples",
+        lambda: TimeFirstAttention(kdim=4, vdim=4, add_zero_attn=True, bias=False),
+        3,
+        4,
+        hooked=False,
+    ),
+    _layer("class token and positions", ClassToken, 5, 4, hooked=False),
+    _layer("learned scales", lambda: nn.Sequential(Scaled(), Scaled(), nn.Linear(4, 2)), 3, 4, hooked=False),
+    _layer("bilinear layer", lambda: _Bilinear(), 4, hooked=False),
+    _layer("list of parameters", _within(Vectors), 3, 4, hooked=False),
+    _layer("matrix tied to a layer's", _within(TiedToRaw), 4, hooked=False),
+    _layer(
+        "normalised weight",
+        _within(lambda: nn.utils.parametrizations.orthogonal(nn.Linear(4, 4), orthogonal_map="cayley")),
+        4,
+        hooked=False,
+    ),
+)
+"""Layers without a rule, whose parameters are had by local passes or by expansion; rules have the others."""
+
+FOUND_CASES: tuple[Case, ...] = (
+    _layer("recurrent layer", _within(Recurrent), 5, 4, hooked=False),
+    _layer("weight used twice within a module", _within(WeightUsedTwice), 4, hooked=False),
+    _layer("experts", _within(Experts), 4, 4, hooked=False),
+    _layer("an attribute handed on", ReadsSideEffect, 4, hooked=False),
+)
+"""Models whose local passes the first-batch check finds: rules or vmap do not show beforehand that they will not do."""
 
 CASES: tuple[Case, ...] = LAYER_CASES + MODEL_CASES

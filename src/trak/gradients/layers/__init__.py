@@ -12,6 +12,8 @@ from trak.gradients.layers.group_norm import GroupNormRule
 from trak.gradients.layers.instance_norm import InstanceNormRule
 from trak.gradients.layers.layer_norm import LayerNormRule
 from trak.gradients.layers.linear import LinearRule
+from trak.gradients.layers.multihead_attention import InProjectionRule
+from trak.gradients.layers.prelu import PReLURule
 from trak.gradients.layers.rms_norm import RMSNormRule
 from trak.gradients.layers.rms_norm_transformers import TransformersRMSNormRule
 
@@ -24,6 +26,8 @@ RULES: tuple[LayerRule, ...] = (
     GroupNormRule(),
     InstanceNormRule(),
     RMSNormRule(),
+    PReLURule(),
+    InProjectionRule(),
     TransformersConv1DRule(),
     TransformersRMSNormRule(),
 )

@@ -17,16 +17,8 @@ class LinearRule(LayerRule):
     """`torch.nn.Linear`: ∇W_b = Σ_t ∇y_bt ⊗ x_bt, ∇b_b = Σ_t ∇y_bt."""
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        """Weight and bias.
-
-        Not the output projection inside nn.MultiheadAttention, which is never called as a module.
-        """
-        if (
-            not is_plain(module, nn.Linear)
-            or type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear
-        ):
-            return frozenset()
-        return own_parameters(module, "weight", "bias")
+        """Weight and bias."""
+        return own_parameters(module, "weight", "bias") if is_plain(module, nn.Linear) else frozenset()
 
     def event_ndim(self, module: Any) -> int:
         """One vector."""
