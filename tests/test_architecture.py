@@ -69,6 +69,7 @@ ALLOWED = {
         "tasks",
         "gradients",
         "projection",
+        "store",
         "precondition",
         "checkpoints",
         "methods",

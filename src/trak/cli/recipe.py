@@ -17,7 +17,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +37,16 @@ SHOWING = (
     "lead",
 )
 """Names that say how results are shown."""
+MEASURING = (
+    "train_part",
+    "seconds_per_model",
+    "passes_per_model",
+    "runs",
+    "learning_rates",
+    "train_texts",
+    "target_texts",
+)
+"""Names that `trak frontier` reads; see its help."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +56,12 @@ class Recipe:
     Attributes:
         arguments: for `trak.attribute`.
         showing: how to show results; see SHOWING.
+        measuring: what a comparison of methods needs besides; see MEASURING.
     """
 
     arguments: Mapping[str, Any]
     showing: Mapping[str, Any]
+    measuring: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_recipe(place: str) -> Recipe:
@@ -60,7 +72,7 @@ def load_recipe(place: str) -> Recipe:
     """
     path, function = _split(place)
     module = _run_file(path)
-    allowed = (*_attribute_arguments(), *SHOWING)
+    allowed = (*_attribute_arguments(), *SHOWING, *MEASURING)
     if function is None:
         values = {name: getattr(module, name) for name in allowed if hasattr(module, name)}
         _remark_on_misspelt(path, module, [name for name in allowed if name not in values])
@@ -82,8 +94,9 @@ def load_recipe(place: str) -> Recipe:
             f"a recipe defines {', '.join(REQUIRED)} and, if you like, checkpoints and other arguments of trak.attribute{hint}"
         )
     return Recipe(
-        {name: value for name, value in values.items() if name not in SHOWING},
+        {name: value for name, value in values.items() if name not in (*SHOWING, *MEASURING)},
         {name: value for name, value in values.items() if name in SHOWING},
+        {name: value for name, value in values.items() if name in MEASURING},
     )
 
 
