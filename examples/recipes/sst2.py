@@ -1,6 +1,6 @@
 """Recipe: sentences of SST-2, with a bank of fine-tuned transformers.
 
-    python examples/sst2.py --train-only --subsets 60 --out sst2-report
+    python examples/sst2.py --train-only --out sst2-report
     trak frontier examples/recipes/sst2.py --bank sst2-report/bank --out frontier-sst2
     trak attribute examples/recipes/sst2.py
 

@@ -30,7 +30,7 @@ from trak.methods.random import RandomScores
 from trak.methods.representation_similarity import SIMILARITIES, RepresentationSimilarity
 from trak.methods.tracin import TracIn
 from trak.methods.trak import TRAK
-from trak.methods.weights import resolve_exponent
+from trak.methods.weights import resolve_curvature, resolve_exponent
 from trak.precondition import RelativeDamping, resolve_damping
 from trak.projection import Identity, Kronecker, Projection, Sparse
 from trak.tasks import resolve_task
@@ -74,11 +74,14 @@ def _trak(problem: Problem) -> list[Contender]:
             return TRAK(**_common(trial.problem), projection=projection, save_dir=trial.features, **settings)
 
         # Defaults by their values: a point is measured again when they change.
+        task = resolve_task(problem.task)
+        exponent = resolve_exponent(settings.get("weight_exponent"), task)
         facts = {
             **settings,
             "projection": projection.fingerprint(),
             "damping": resolve_damping(settings.get("damping", "auto")).fingerprint(),
-            "weight_exponent": resolve_exponent(settings.get("weight_exponent"), resolve_task(problem.task)),
+            "weight_exponent": exponent,
+            "curvature_exponent": resolve_curvature(settings.get("gram"), task, exponent),
         }
         how = f"K = {wanted.dim}" if projection is wanted else "not projected"
         return Contender(
@@ -96,7 +99,14 @@ def _trak(problem: Problem) -> list[Contender]:
         one("trak-1024", "TRAK", Sparse(1024)),
         one("trak-per-layer", "TRAK per layer", Kronecker(4096), preconditioner="per_layer"),
         # The paper has λ = 0. A millionth of the mean eigenvalue is that, but for Gram matrices without full rank.
-        one("trak-paper", "TRAK as in the paper", Sparse(1024), damping=undamped, weight_exponent=1.0),
+        one(
+            "trak-paper",
+            "TRAK as in the paper",
+            Sparse(1024),
+            damping=undamped,
+            gram="uniform",
+            weight_exponent=1.0,
+        ),
     ]
 
 
