@@ -215,7 +215,7 @@ def test_a_method_that_fails_is_a_row(made, tmp_path):
         problem, bank, contenders, training=TRAINING, folder=tmp_path, num_bootstrap=20, on_point=seen.append
     )
     broken, fine = found.points
-    assert broken.error == "RuntimeError: no such luck"
+    assert broken.error == "RuntimeError: no such luck and more of it"
     assert (broken.lds, broken.low, broken.common_lds) == (None, None, None)
     assert fine.error is None
     assert fine.lds is not None

@@ -6,6 +6,7 @@ Legend: N training rows, T targets, S subsets, M models of a budget.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -408,5 +409,6 @@ def _about_bank(plan: _Plan, measured: Sequence[Measured]) -> dict[str, Any]:
 
 
 def _words(error: Exception) -> str:
+    """The message on one line: what was wrong often stands in its later lines."""
     name = "" if isinstance(error, TrakError) else f"{type(error).__name__}: "
-    return name + (str(error) or "no message").splitlines()[0]
+    return name + textwrap.shorten(str(error) or "no message", 600)
