@@ -329,6 +329,17 @@ def test_per_layer_preconditioner_is_the_sum_over_layers():
         )
 
 
+def test_a_model_of_one_layer_has_one_block_per_layer():
+    model, (train, targets) = nn.Linear(5, 3).double(), (make()[1], make()[2])
+    train, targets = ((inputs.flatten(1)[:, :5], labels) for inputs, labels in (train, targets))
+    options = {"task": "image_classification", "projection": trak.Sparse(dim=8), "damping": 0.5}
+    scores = [
+        trak.attribute(model, train, targets, preconditioner=kind, **options).scores.tensor()
+        for kind in ("whole", "per_layer")
+    ]
+    torch.testing.assert_close(*scores)
+
+
 def test_singular_and_undamped():
     model, train, targets, checkpoints = make()
     options = {"task": "image_classification", "checkpoints": checkpoints[:1], "damping": 0.0}

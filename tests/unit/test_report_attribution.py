@@ -51,6 +51,22 @@ def test_cards_are_the_rankings():
     assert section(report, Provenance).entries == {"method": "TRAK"}
 
 
+def test_scores_of_several_checkpoints_have_their_standard_errors():
+    members = tuple(
+        ArrayScores(np.random.default_rng(seed).normal(size=(30, 5)).astype(np.float32)) for seed in (1, 2, 3)
+    )
+    mean = ArrayScores(np.mean([member.tensor().numpy() for member in members], axis=0))
+    of = Attribution(mean, members=members)
+    report = build_attribution_report(of, k=4, targets=[2])
+    shown = section(report, TargetsSection)
+    entries = (*shown.cards[0].proponents, *shown.cards[0].opponents)
+    assert [one.error for one in entries] == [
+        float(of.standard_error.tensor()[one.row, 2]) for one in entries
+    ]
+    assert shown.has_errors
+    assert not section(build_attribution_report(attribution(), targets=[2]), TargetsSection).has_errors
+
+
 def test_first_targets_are_shown_where_nobody_says_which():
     report = build_attribution_report(attribution(num_targets=25))
     assert [card.index for card in section(report, TargetsSection).cards] == list(range(20))

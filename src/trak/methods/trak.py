@@ -18,6 +18,7 @@ from trak.methods.runs import Run, RunOptions, featurize_targets, start_run
 from trak.methods.weights import member_weights, resolve_curvature, resolve_exponent, trajectory_weights
 from trak.pipeline import fit, leverages, score, self_influence
 from trak.precondition import Damping, Preconditioner, resolve_damping
+from trak.projection.layout import group_by_layer
 from trak.results import Attribution
 from trak.store import Store
 from trak.tasks import resolve_task
@@ -200,7 +201,7 @@ def column_groups(run: Run, preconditioner: str) -> tuple[tuple[int, int], ...]:
     """
     if preconditioner == "whole":
         return ((0, run.store.header.dim),)
-    if len(run.groups) == 1 and len(run.setting.shapes) > 1:
+    if len(run.groups) == 1 and len(group_by_layer(run.setting.shapes)) > 1:
         raise InputError(
             f'preconditioner="per_layer" needs a projection that gives each layer its own columns, and {run.setting.projection!r} sums them '
             "together: use trak.Kronecker(dim), or per_layer=True with the other kinds"

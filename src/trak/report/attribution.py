@@ -152,6 +152,7 @@ def build_attribution_report(
         truths=None
         if said is None or any(one.label is None for one in shown)
         else [str(one.label) for one in shown],
+        errors=_errors(attribution, chosen, top.rows, bottom.rows),
     )
     limit = max(
         (float(part.abs().max()) for part in (top.scores, bottom.scores) if part.numel()), default=0.0
@@ -170,6 +171,14 @@ def build_attribution_report(
         output=output,
         title=title,
     )
+
+
+def _errors(attribution: AttributionLike, chosen: list[int], *rankings_Tk: Any) -> Any:
+    """Standard errors over checkpoints of the ranked scores, one for each ranking; None where there is one checkpoint."""
+    if not chosen or len(getattr(attribution, "members", ())) < 2:
+        return None
+    errors = attribution.standard_error.select_targets(torch.tensor(chosen, dtype=torch.int64))
+    return tuple(errors.at(rows_Tk) for rows_Tk in rankings_Tk)
 
 
 def _values(scores: Any) -> Iterator[Any]:

@@ -62,6 +62,7 @@ def target_cards(
     predictions: Sequence[str] | None = None,
     truths: Sequence[str] | None = None,
     note: Callable[[int], str | None] = lambda row: None,
+    errors: tuple[Any, Any] | None = None,
 ) -> tuple[TargetCard, ...]:
     """Cards from rankings. Only positive scores make proponents, only negative ones opponents.
 
@@ -77,6 +78,7 @@ def target_cards(
         predictions: what the model says of each target, in words, of length T.
         truths: what is right, in words, of length T.
         note: a remark on a training row, or None.
+        errors: standard errors of the proponents' and of the opponents' scores, [T, k] each; None where there are none.
 
     Raises:
         InputError: rows and scores that do not fit together.
@@ -90,12 +92,15 @@ def target_cards(
             f"proponents are for {len(top_rows)} targets and opponents for {len(low_rows)}; expected the same"
         )
 
-    def influences(rows: Any, scores: Any, sign: int) -> tuple[Influence, ...]:
+    def influences(rows: Any, scores: Any, errors_k: Any, sign: int) -> tuple[Influence, ...]:
+        spread = [None] * len(rows) if errors_k is None else [float(error) for error in errors_k]
         return tuple(
-            Influence(int(row), float(score), train_example(int(row)), note(int(row)))
-            for row, score in zip(rows, scores)
+            Influence(int(row), float(score), train_example(int(row)), note(int(row)), error)
+            for row, score, error in zip(rows, scores, spread)
             if sign * score > 0
         )
+
+    top_errors, low_errors = errors if errors is not None else (None, None)
 
     return tuple(
         TargetCard(
@@ -104,8 +109,12 @@ def target_cards(
             output=None if outputs is None else float(outputs[target]),
             prediction=None if predictions is None else predictions[target],
             truth=None if truths is None else truths[target],
-            proponents=influences(top_rows[target], top_scores[target], +1),
-            opponents=influences(low_rows[target], low_scores[target], -1),
+            proponents=influences(
+                top_rows[target], top_scores[target], None if top_errors is None else top_errors[target], +1
+            ),
+            opponents=influences(
+                low_rows[target], low_scores[target], None if low_errors is None else low_errors[target], -1
+            ),
         )
         for target in (range(len(top_rows)) if targets is None else targets)
     )

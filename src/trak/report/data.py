@@ -56,12 +56,21 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """One training row's effect on one target. score: its attribution score, in units of the model output f."""
+    """One training row's effect on one target.
+
+    Attributes:
+        row: its number in the training set.
+        score: its attribution score, in units of the model output f.
+        example: what is shown of it.
+        note: a remark on it.
+        error: the score's standard error over checkpoints, if known.
+    """
 
     row: int
     score: float
     example: Example = field(default_factory=Example)
     note: str | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +134,12 @@ class TargetsSection:
             raise InputError(
                 "a TargetsSection needs at least one card; leave the section out if there is no target"
             )
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether standard errors stand beside scores."""
+        entries = (entry for card in self.cards for entry in (*card.proponents, *card.opponents))
+        return any(entry.error is not None for entry in entries)
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         signed=numbers.signed,
+        spread=lambda value: numbers.number(value, 1),
         fixed=numbers.fixed,
         percent=numbers.percent,
         grouped=lambda count: f"{count:,}".replace(",", "\N{NARROW NO-BREAK SPACE}"),
