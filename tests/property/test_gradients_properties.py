@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trak.gradients import Auto, Functional, Hooked, Reference, check_first_batch, model_state
+from trak.testing.cases import CASES
 from trak.testing.gradients import collect, snapshot
-from trak.testing.models import CASES, Readout
+from trak.testing.models import Readout
 
 DOUBLE = torch.float64
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from trak.blocks import ConvBlock, DenseBlock, IndexBlock, OuterBlock
 from trak.gradients import Hooked, Reference, model_state
+from trak.testing.cases import CASES
 from trak.testing.gradients import collect
-from trak.testing.models import CASES, FoldedFrames, Readout
+from trak.testing.models import FoldedFrames, Readout
 
 HOOKED = [case for case in CASES if case.hooked]
 CONVOLUTIONS = [case for case in HOOKED if "conv" in case.name or "frames" in case.name]

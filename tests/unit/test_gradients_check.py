@@ -12,8 +12,9 @@ from trak.errors import GradientError, InputError, MixedExamplesError, NonFinite
 from trak.gradients import Auto, Functional, Hooked, Reference, check_first_batch, model_state
 from trak.gradients.layers import RULES, LayerRule
 from trak.gradients.layers.linear import LinearRule
+from trak.testing.cases import CASES
 from trak.testing.gradients import snapshot
-from trak.testing.models import CASES, AlwaysDropout, Readout, WeightUsedTwice
+from trak.testing.models import AlwaysDropout, Readout, WeightUsedTwice
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from trak.gradients import Auto, Functional, Gradients, Hooked, Reference
+from trak.testing.cases import CASES, LOCAL_CASES, Case
 from trak.testing.gradients import GradientsContract, collect
-from trak.testing.models import CASES, LOCAL_CASES, Case
 
 
 @pytest.fixture(autouse=True)

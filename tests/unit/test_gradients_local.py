@@ -10,17 +10,9 @@ from torch import nn
 from trak.errors import GradientError, UnsupportedLayerError
 from trak.gradients import Auto, Functional, Hooked, Reference, check_first_batch, model_state
 from trak.gradients.local import Local
+from trak.testing.cases import FOUND_CASES, LOCAL_CASES
 from trak.testing.gradients import collect, snapshot
-from trak.testing.models import (
-    FOUND_CASES,
-    LOCAL_CASES,
-    Experts,
-    Int8Linear,
-    LoRALinear,
-    Readout,
-    ReadsSideEffect,
-    Scaled,
-)
+from trak.testing.models import Experts, Int8Linear, LoRALinear, Readout, ReadsSideEffect, Scaled
 
 DOUBLE = torch.float64
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from trak.batches import batch_size
 from trak.blocks import Block
 from trak.gradients import Gradients, Outputs, Reference, model_state, select_parameters
-from trak.testing.models import CASES, Case, Readout
+from trak.testing.cases import CASES, Case
+from trak.testing.models import Readout
 
 
 def collect(
