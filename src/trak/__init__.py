@@ -9,7 +9,7 @@ See `trak.attribute`, `trak.TRAKer` and https://arxiv.org/abs/2303.14186.
 from trak import evaluation
 from trak._version import __version__
 from trak.attribution import attribute
-from trak.checkpoints import checkpoint_hash, load_checkpoint
+from trak.checkpoints import checkpoint_hash, list_checkpoints, load_checkpoint
 from trak.errors import (
     CheckpointError,
     CorruptShardError,
@@ -145,5 +145,6 @@ __all__ = [
     "attribute",
     "checkpoint_hash",
     "evaluation",
+    "list_checkpoints",
     "load_checkpoint",
 ]

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+)
 
 from trak import batches
 from trak.errors import InputError
@@ -356,7 +363,11 @@ def _loader_rows(loader: DataLoader[Any], batch_size: int | None, what: str) -> 
     if isinstance(loader.dataset, IterableDataset):
         return _iterable_rows(loader, what)
     sampler: Any = loader.sampler
-    if loader.batch_sampler is not None and loader.batch_size is None:
+    size = loader.batch_size
+    if size is None and type(loader.batch_sampler) is BatchSampler:
+        # As trainers' launchers rebuild loaders: the sampler and the size are inside, and nothing else is.
+        sampler, size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
+    if loader.batch_sampler is not None and size is None:
         raise InputError(
             f"{what}: the loader has a batch sampler of its own, so positions in the dataset and in its batches differ. Pass the dataset "
             "itself (with batch_size=…), or a DataLoader with batch_size and without batch_sampler"
@@ -366,10 +377,8 @@ def _loader_rows(loader: DataLoader[Any], batch_size: int | None, what: str) -> 
             f"{what}: the loader draws its rows with {type(sampler).__name__}, so it is unclear which rows are meant. Pass a DataLoader over "
             "torch.utils.data.Subset(dataset, rows) without a sampler"
         )
-    collate = loader.collate_fn if loader.batch_size is not None else _default_collate
-    return DatasetRows(
-        loader.dataset, batch_size or loader.batch_size or DEFAULT_BATCH_SIZE, collate, loader.num_workers
-    )
+    collate = loader.collate_fn if size is not None else _default_collate
+    return DatasetRows(loader.dataset, batch_size or size or DEFAULT_BATCH_SIZE, collate, loader.num_workers)
 
 
 def _iterable_rows(data: Iterable[Any], what: str) -> RowSource:
@@ -400,19 +409,36 @@ def _is_tensor_batch(data: Any) -> bool:
 
 
 def _default_collate(examples: list[Any]) -> Any:
-    """Torch's default collation.
+    """Torch's default collation; lists of numbers in mappings (token ids of a dataset without a format) are tensors.
 
     Raises:
         InputError: the examples do not fit together.
     """
     try:
-        return torch.utils.data.default_collate(examples)
+        return torch.utils.data.default_collate([_with_tensors(example) for example in examples])
     except (RuntimeError, TypeError) as error:
         raise InputError(
             f"{len(examples)} examples, the first being {batches.describe(examples[0])}, cannot be put together into a batch: {error}. For data "
             "as a whole pass a tuple of tensors, (torch.as_tensor(inputs), torch.as_tensor(labels)), instead of a list or arrays; for examples of "
             "different sizes a DataLoader with a collate_fn"
         ) from error
+
+
+def _with_tensors(example: Any) -> Any:
+    """A mapping's lists of numbers as tensors: torch would take each for as many separate values."""
+    lists = (
+        [key for key, value in example.items() if isinstance(value, list) and _is_numbers(value)]
+        if isinstance(example, Mapping)
+        else []
+    )
+    return {**example, **{key: torch.as_tensor(example[key]) for key in lists}} if lists else example
+
+
+def _is_numbers(values: list[Any]) -> bool:
+    return bool(values) and all(
+        _is_numbers(value) if isinstance(value, list) else isinstance(value, (bool, int, float))
+        for value in values
+    )
 
 
 def _any_inside(rows: Tensor, ranges: Sequence[Range]) -> bool:

@@ -60,8 +60,12 @@ def _lent(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         for module, _, parameters, buffers in kept:
             for slots, own in ((module._parameters, parameters), (module._buffers, buffers)):
                 for key, tensor in own.items():
-                    if tensor is not None and names[id(tensor)] in state:
-                        slots[key] = state[names[id(tensor)]]  # type: ignore[assignment]
+                    if tensor is None or names[id(tensor)] not in state:
+                        continue
+                    lent = state[names[id(tensor)]]
+                    # The model's own quantised weight stays the object that it is: layers read more from it than its numbers.
+                    if tensor.is_floating_point() or lent.data_ptr() != tensor.data_ptr():
+                        slots[key] = lent  # type: ignore[assignment]
             if isinstance(module, nn.RNNBase):
                 # Recurrent modules read their weights through this second list.
                 module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]

@@ -28,9 +28,9 @@ from trak.gradients import (
     select_parameters,
 )
 from trak.logs import logger
+from trak.memory import available_memory
 from trak.pipeline import Setting, compare_stored, featurize, verify
 from trak.projection import Projection, default_projection
-from trak.scores import available_memory
 from trak.store import Header, Store, open_store
 from trak.tasks import Task, resolve_task
 
@@ -259,7 +259,7 @@ def make_header(setting: Setting, num_rows: int, feature_dtype: str | None, **ex
 
 def load_state(options: RunOptions, setting: Setting, source: Any) -> Mapping[str, Tensor]:
     """A checkpoint's parameters and buffers under the model's names, on the device."""
-    checkpoint = load_checkpoint(source, trust_pickle=options.trust_pickle)
+    checkpoint = load_checkpoint(source, model=options.model, trust_pickle=options.trust_pickle)
     try:
         return model_state(options.model, checkpoint, setting.device, setting.dtype)
     except CheckpointError as error:

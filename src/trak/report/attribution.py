@@ -173,7 +173,7 @@ def build_attribution_report(
     )
 
 
-def _errors(attribution: AttributionLike, chosen: list[int], *rankings_Tk: Any) -> Any:
+def _errors(attribution: Any, chosen: list[int], *rankings_Tk: Any) -> Any:
     """Standard errors over checkpoints of the ranked scores, one for each ranking; None where there is one checkpoint."""
     if not chosen or len(getattr(attribution, "members", ())) < 2:
         return None

@@ -1,22 +1,9 @@
-"""Reading checkpoints from wherever they are, and telling them apart by their contents.
-
-    source                                           what is read
-    mapping of names to tensors                      itself (nested under one known key: unwrapped)
-    torch.nn.Module                                  its state_dict()
-    *.safetensors                                    its tensors
-    *.pt  *.pth  *.bin  *.ckpt  *.pth.tar            torch.load(weights_only=True), unwrapped
-    *.safetensors.index.json  *.bin.index.json       every file it names, put together
-    a folder                                         model.safetensors, its index, pytorch_model.bin, its
-    index,
-                                                     or the one file in it that is a checkpoint
-    a callable without arguments                     what it returns: any of the above
-
-Give callables or paths where there are several checkpoints: then only one is in memory at a time.
-"""
+"""One checkpoint: from a file, a folder, a module, a mapping or a callable; see the package for what is read."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from trak.errors import CheckpointError
+from trak.checkpoints.fit import fit_names, with_frozen
+from trak.checkpoints.peft import adapter_names, check_adapter_config
+from trak.checkpoints.steps import steps_in
+from trak.errors import CheckpointError, InputError
 
 CheckpointSource: TypeAlias = "Mapping[str, Any] | nn.Module | str | os.PathLike[str] | Callable[[], Any]"
 """Anything `load_checkpoint` reads."""
@@ -46,34 +36,56 @@ _FOLDER_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
 )
 # Modules may put anything under such a key; it is no parameter and no buffer.
 _EXTRA_STATE = "_extra_state"
+CONTENTS, TRAINABLE = "trak.contents", "trainable parameters"
+"""In the metadata of a safetensors file: says that it holds these only."""
 _SHOWN = 6
 _CALLS = 4
 
 
 def load_checkpoint(
-    source: CheckpointSource, *, trust_pickle: bool = False, map_location: torch.device | str = "cpu"
+    source: CheckpointSource,
+    *,
+    model: nn.Module | None = None,
+    trust_pickle: bool = False,
+    map_location: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, detached. Names are as stored: a prefix such as "model." stays.
+    """The tensors of a checkpoint by name, detached.
+
+    Without `model` names are as stored: a prefix such as "model." stays. With it they are the model's own:
+
+    - A prefix under which the checkpoint holds the whole model is left out, and so is what lies outside of it (a `LightningModule`
+      that holds the model, its other parts).
+    - An adapter's names are those of the model's active PEFT adapter.
+    - Where the checkpoint holds a part of the model only (an adapter; trainable parameters, as a
+      `CheckpointCallback(trainable_only=True)` saves them), the rest is the model's own, in memory once.
 
     Args:
-        source: where it is; see the module's table.
+        source: where it is; see the package `trak.checkpoints`.
+        model: the model it is for; not changed.
         trust_pickle: allow pickles that run code when loaded. Only for files from people you trust.
         map_location: device for tensors read from files. Tensors in memory stay where they are, not copied.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged or empty, it needs more than a plain pickle, or
-            what it holds is no mapping of names to tensors.
+        CheckpointError: there is no such file, it is damaged or empty, it needs more than a plain pickle, what it holds is no
+            mapping of names to tensors, or an adapter that the model does not have.
+        InputError: a model that is none.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     for _ in range(_CALLS):
-        if isinstance(source, nn.Module):
-            return _tensors(source.state_dict(), describe(source))
-        if isinstance(source, Mapping):
-            return _tensors(source, describe(source))
+        if isinstance(source, (nn.Module, Mapping)):
+            where = describe(source)
+            state = _tensors(_module_state(source) if isinstance(source, nn.Module) else source, where)
+            return state if model is None else fit_names(model, state, where)
         if isinstance(source, (str, os.PathLike)):
-            return _load_path(Path(source), trust_pickle, torch.device(map_location))
+            file = _file(Path(source))
+            state = _load_file(file, trust_pickle, torch.device(map_location))
+            return state if model is None else _fit_file(model, state, file)
         if not callable(source):
             raise CheckpointError(
                 "A checkpoint must be a state dict, a module, a path, or a callable that returns one of "
@@ -120,14 +132,57 @@ def describe(source: CheckpointSource) -> str:
         return f"state dict with {len(source)} {'entry' if len(source) == 1 else 'entries'}"
     if isinstance(source, (str, os.PathLike)):
         return str(source)
+    if isinstance(source, functools.partial) and source.func is load_checkpoint and source.args:
+        return describe(source.args[0])
     return f"callable {getattr(source, '__name__', type(source).__name__)}"
 
 
-def _load_path(path: Path, trust_pickle: bool, device: torch.device) -> dict[str, Tensor]:
+def _fit_file(model: nn.Module, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """A file's tensors under the model's names, with the model's own where the file is known to hold a part only."""
+    if file.name.startswith("adapter_model."):
+        config = file.parent / "adapter_config.json"
+        if config.is_file():
+            check_adapter_config(model, config)
+        return with_frozen(model, adapter_names(model, state, str(file)))
+    state = fit_names(model, state, str(file))
+    return with_frozen(model, state) if _metadata(file).get(CONTENTS) == TRAINABLE else state
+
+
+def _metadata(file: Path) -> Mapping[str, str]:
+    """What a safetensors file says about itself; nothing for others."""
+    if not file.name.endswith(_SAFETENSORS):
+        return {}
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
+def _module_state(module: nn.Module) -> dict[str, Any]:
+    """Its state dict, without what quantised parameters save beside themselves under names that begin with theirs."""
+    state = module.state_dict()
+    tensors = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    tensors |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return {name: value for name, value in state.items() if name in tensors or not _is_within(name, tensors)}
+
+
+def _is_within(name: str, others: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:count]) in others for count in range(1, len(parts)))
+
+
+def _file(path: Path) -> Path:
+    """The file to read: the path itself, or the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if path.is_dir():
         path = _file_in(path)
     if not path.is_file():
         raise CheckpointError(_not_found(path))
+    return path
+
+
+def _load_file(path: Path, trust_pickle: bool, device: torch.device) -> dict[str, Tensor]:
     if path.stat().st_size == 0:
         raise CheckpointError(
             f"{path} is empty (0 bytes): the checkpoint was never written, or its disk was full."
@@ -213,7 +268,7 @@ def _load_index(path: Path, trust_pickle: bool, device: torch.device) -> dict[st
         )
     state: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
-        part = _load_path(path.parent / file, trust_pickle, device)
+        part = _load_file(path.parent / file, trust_pickle, device)
         names = [name for name, place in files.items() if place == file]
         lacking = [name for name in names if name not in part]
         if lacking:
@@ -234,6 +289,11 @@ def _file_in(folder: Path) -> Path:
     known = [name for name in names if name.endswith(_KNOWN) and (folder / name).is_file()]
     if len(known) == 1:
         return folder / known[0]
+    if run := steps_in(folder):
+        raise CheckpointError(
+            f"{folder} holds the checkpoints of a run, not one: {_list(path.name for _, path in run)}. Give the path of one, or "
+            f"checkpoints=trak.list_checkpoints({str(folder)!r}) for all of them in order."
+        )
     found = f"found {_list(known or names)}" if names else "it is empty"
     raise CheckpointError(
         f"{folder} holds {'several checkpoints' if known else 'no checkpoint'}: {found}. Give the path of "
