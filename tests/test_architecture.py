@@ -13,6 +13,7 @@ ALLOWED = {
     "errors": set(),
     "logs": set(),
     "files": set(),
+    "memory": set(),
     "_version": set(),
     "blocks": set(),
     "progress": set(),
@@ -24,7 +25,9 @@ ALLOWED = {
     "projection": VOCABULARY,
     "store": VOCABULARY,
     "precondition": VOCABULARY,
-    "scores": VOCABULARY,
+    "ahead": set(),
+    "ranking": {"errors"},
+    "scores": VOCABULARY | {"ahead", "memory", "ranking"},
     "uncertainty": VOCABULARY | {"scores"},
     "checkpoints": VOCABULARY,
     # The wiring.
@@ -34,6 +37,7 @@ ALLOWED = {
     "methods": VOCABULARY
     | {
         "datasets",
+        "memory",
         "tasks",
         "gradients",
         "projection",

@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +18,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trak.ahead import read_ahead
 from trak.errors import InputError
+from trak.memory import available_memory
 from trak.progress import bar
+from trak.ranking import Extremes, Ranking, rank_blocks
+
+__all__ = [
+    "ArrayScores",
+    "Extremes",
+    "FeatureRows",
+    "KernelScores",
+    "Member",
+    "Ranking",
+    "Scores",
+    "extreme_rows",
+]
 
 DEFAULT_BLOCK_ROWS = 4096
 BLOCK_SCORES = 1 << 22
 """Scores in one block at the most (but for the smallest blocks): 16 MiB in float32, however many targets there are."""
+
+PIECE_BYTES = 1 << 24
+"""Features that are read at once (at least one row). Larger buffers come fresh from the system each time, and touching their pages for the
+first time takes longer than the products."""
 
 PAIRS_AT_ONCE = 1024
 ROWS_PER_READ = 16
@@ -46,26 +65,6 @@ class Member:
 
     rows: FeatureRows
     solved_TK: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """For each target, k training rows in order.
-
-    Attributes:
-        rows: [T, k] int64.
-        scores: [T, k].
-    """
-
-    rows: Tensor
-    scores: Tensor
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows [k], scores [k]) of each target in turn."""
-        return iter(zip(self.rows, self.scores))
-
-    def __len__(self) -> int:
-        return self.rows.shape[0]
 
 
 class Scores(ABC):
@@ -117,12 +116,19 @@ class Scores(ABC):
             block_rows: R; by default 4,096, and fewer where there are many targets.
         """
         if block_rows is None:
-            block_rows = min(DEFAULT_BLOCK_ROWS, max(64, BLOCK_SCORES // max(1, self.num_targets)))
+            block_rows = min(
+                DEFAULT_BLOCK_ROWS, max(64, _power_of_two(BLOCK_SCORES // max(1, self.num_targets)))
+            )
+        starts = range(0, self.num_train, block_rows)
+        ranges = [(start, min(start + block_rows, self.num_train)) for start in starts]
         with bar(self.num_train, "Scores", enabled=getattr(self, "progress", None), delay=2.0) as shown:
-            for start in range(0, self.num_train, block_rows):
-                stop = min(start + block_rows, self.num_train)
-                yield start, self.read(start, stop)
+            for (start, stop), block_RT in zip(ranges, self._stream(ranges)):
+                yield start, block_RT
                 shown.update(stop - start)
+
+    def _stream(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        """What `read` gives for each range; may read ahead."""
+        return (self.read(start, stop) for start, stop in ranges)
 
     def tensor(self) -> Tensor:
         """The whole matrix in memory, [N, T].
@@ -156,6 +162,10 @@ class Scores(ABC):
     def bottom(self, k: int = 10) -> Ranking:
         """The k most negative training rows of each target, most negative first; equal scores by row."""
         return extreme_rows(self, k, largest=False)
+
+    def extremes(self, k: int = 10) -> Extremes:
+        """Both `top(k)` and `bottom(k)` for the price of one: `top, bottom = scores.extremes(k)`."""
+        return Extremes(*rank_blocks(self.blocks(), self.num_targets, k, True, False))
 
     def at(self, rows: Tensor) -> Tensor:
         """The scores of k rows of each target's own, [T, k], such as a ranking's: `scores.at(ranking.rows)`.
@@ -217,16 +227,39 @@ class KernelScores(Scores):
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start to stop, [stop − start, T]."""
-        total_RT: Tensor | None = None
-        for member in self.members:
-            features_RK = member.rows.read(start, stop).features.to(self.device)
-            solved_KT = member.solved_TK.to(features_RK.dtype).to(self.device).T
-            total_RT = (
-                features_RK @ solved_KT if total_RT is None else total_RT.addmm_(features_RK, solved_KT)
-            )
-        assert total_RT is not None
-        weights_R1 = self.weights[start:stop].to(total_RT).unsqueeze(1)
-        return total_RT.mul_(weights_R1 / len(self.members)).cpu()
+        return next(self._stream([(start, stop)]))
+
+    def _stream(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        """Range by range; features are read piece by piece, one piece ahead."""
+        most = _power_of_two(PIECE_BYTES // (4 * max(1, self.members[0].solved_TK.shape[1])))
+        cuts = [
+            [(low, min(low + most, stop)) for low in range(start, stop, most)] or [(start, stop)]
+            for start, stop in ranges
+        ]
+        reads = (
+            partial(_features, member.rows, *piece)
+            for pieces in cuts
+            for piece in pieces
+            for member in self.members
+        )
+        # What is in memory is there without a thread.
+        is_near = all(getattr(member.rows, "in_memory", False) for member in self.members)
+        features = (read() for read in reads) if is_near else read_ahead(reads)
+        solved: list[Tensor] = []
+        for (start, stop), pieces in zip(ranges, cuts):
+            total_RT: Tensor | None = None
+            for low, high in pieces:
+                for index in range(len(self.members)):
+                    features_rK = next(features).to(self.device)
+                    if len(solved) <= index:
+                        solved.append(self.members[index].solved_TK.to(features_rK))
+                    if total_RT is None:
+                        total_RT = features_rK.new_empty(stop - start, self.num_targets)
+                    part_rT = total_RT[low - start : high - start]
+                    torch.addmm(part_rT, features_rK, solved[index].T, beta=int(index > 0), out=part_rT)
+            assert total_RT is not None
+            weights_R1 = self.weights[start:stop].to(total_RT).unsqueeze(1)
+            yield total_RT.mul_(weights_R1 / len(self.members)).cpu()
 
     def read_pairs(self, rows_P: Tensor, targets_P: Tensor) -> Tensor:
         """The scores of some pairs, [P]: one inner product each, not one for every target."""
@@ -334,48 +367,12 @@ class ThresholdedScores(Scores):
 
 
 def extreme_rows(scores: Scores, k: int, *, largest: bool) -> Ranking:
-    """The k rows with the largest (or smallest) scores of each target; equal scores in row order.
-
-    One pass over row blocks that keeps k candidates per target: a stable sort of the candidates (whose rows come first) and those of
-    the block gives the same answer for every block size.
+    """The k rows with the largest (or smallest) scores of each target; equal scores in row order; see `rank_blocks`.
 
     Raises:
         InputError: k below 1.
     """
-    if not isinstance(k, int) or k < 1:
-        raise InputError(f"k must be a whole number ≥ 1; got {k!r}")
-    best_Tk: Tensor | None = None
-    rows_Tk = torch.empty(scores.num_targets, 0, dtype=torch.int64)
-    for start, block_RT in scores.blocks():
-        values, rows = _extremes_of_block(block_RT.T, k, largest=largest)
-        if best_Tk is not None:
-            values, rows = torch.cat([best_Tk, values], dim=1), torch.cat([rows_Tk, rows + start], dim=1)
-        else:
-            rows = rows + start
-        ordered, order = values.sort(dim=1, descending=largest, stable=True)
-        best_Tk, rows_Tk = ordered[:, :k].contiguous(), rows.gather(1, order[:, :k])
-    return Ranking(rows_Tk, torch.empty(scores.num_targets, 0) if best_Tk is None else best_Tk)
-
-
-def _extremes_of_block(values_TR: Tensor, k: int, *, largest: bool) -> tuple[Tensor, Tensor]:
-    """The k extreme values of each target and their positions, by position; equal values at the edge go to the first positions."""
-    k = min(k, values_TR.shape[1])
-    best_Tk, where_Tk = values_TR.topk(k, dim=1, largest=largest, sorted=False)
-    edge_T1 = best_Tk.amin(1, keepdim=True) if largest else best_Tk.amax(1, keepdim=True)
-    at_least_TR = values_TR >= edge_T1 if largest else values_TR <= edge_T1
-    if bool((at_least_TR.sum(1) > k).any()):
-        # More values equal the edge than there is room for: topk takes any of them.
-        where_Tk = values_TR.sort(dim=1, descending=largest, stable=True).indices[:, :k]
-    where_Tk = where_Tk.sort(dim=1).values
-    return values_TR.gather(1, where_Tk), where_Tk
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that may be taken now, None where the system does not say."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+    return rank_blocks(scores.blocks(), scores.num_targets, k, largest)[0]
 
 
 def _refuse_if_too_large(shape: tuple[int, int]) -> None:
@@ -425,6 +422,15 @@ def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:
         out[order[low:high]] = block[sorted_rows[low:high] - first]
     assert out is not None
     return out
+
+
+def _features(source: FeatureRows, start: int, stop: int) -> Tensor:
+    return source.read(start, stop).features
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two that is not larger, at least 1: pieces then fall together with shards."""
+    return 1 << max(0, number.bit_length() - 1)
 
 
 def _feature_rows(source: FeatureRows, rows_U: Tensor) -> Tensor:

@@ -90,6 +90,51 @@ def test_top_and_bottom_with_ties_for_every_block_size(values, k, block):
             assert ranking.scores[t].tolist() == values[order, t].tolist()
 
 
+@pytest.mark.parametrize("order", ["rising", "falling", "random", "equal"])
+@pytest.mark.parametrize("k", [1, 7, 300])
+def test_many_rows_give_the_same_as_sorting_all(order, k, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-500, 500, (1000, 5), generator=generator).float()
+    if order in ("rising", "falling"):
+        values = values.sort(dim=0, descending=order == "falling").values
+    if order == "equal":
+        values = torch.zeros(1000, 5)
+    values[700, 3] = float("nan")
+    scores = ArrayScores(values)
+    scores_blocks = scores.blocks
+    object.__setattr__(scores, "blocks", lambda: scores_blocks(90))
+    monkeypatch.setattr("trak.ranking.FIRST_ROWS", 16)
+    top, bottom = scores.extremes(k)
+    for ranking, largest in ((top, True), (bottom, False)):
+        expected = values.sort(dim=0, descending=largest, stable=True).indices[:k].T
+        assert torch.equal(ranking.rows, expected)
+        assert torch.equal(ranking.rows, extreme_rows(scores, k, largest=largest).rows)
+        torch.testing.assert_close(ranking.scores, values.T.gather(1, expected), equal_nan=True)
+
+
+def test_integers_are_ranked_too():
+    values = np.arange(600).reshape(300, 2) % 37
+    top = ArrayScores(values).top(3)
+    assert top.rows[0].tolist() == np.argsort(-values[:, 0], kind="stable")[:3].tolist()
+
+
+def test_features_are_read_ahead_in_pieces_and_in_order(monkeypatch):
+    scores = kernel(n=50, k=6, members=2)
+    monkeypatch.setattr("trak.scores.PIECE_BYTES", 4 * 6 * 8)
+    asked = []
+    plain = Features.read
+    monkeypatch.setattr(
+        Features, "read", lambda self, start, stop: asked.append((start, stop)) or plain(self, start, stop)
+    )
+    torch.testing.assert_close(scores.tensor(), dense(scores))
+    assert asked[:4] == [(0, 8), (0, 8), (8, 16), (8, 16)] and asked[-1] == (48, 50)
+    monkeypatch.setattr(
+        Features, "read", lambda self, start, stop: 1 / 0 if start == 16 else plain(self, start, stop)
+    )
+    with pytest.raises(ZeroDivisionError):
+        scores.read(8, 30)
+
+
 def test_soft_threshold():
     scores = kernel()
     values = dense(scores)
@@ -107,7 +152,7 @@ def test_save_is_readable_and_atomic(tmp_path, monkeypatch):
     scores = kernel()
     path = scores.save(tmp_path / "deep" / "scores.npy", block_rows=9)
     np.testing.assert_allclose(np.load(path, mmap_mode="r"), dense(scores), rtol=1e-6)
-    monkeypatch.setattr(KernelScores, "read", lambda *_: 1 / 0)
+    monkeypatch.setattr(Features, "read", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         scores.save(path)
     np.testing.assert_allclose(np.load(path), dense(scores), rtol=1e-6)

@@ -17,12 +17,13 @@ from torch import Tensor
 from trak.checkpoints import checkpoint_hash, describe
 from trak.datasets import RowSource, as_rows
 from trak.errors import CheckpointError, InputError
+from trak.memory import available_memory
 from trak.methods.runs import RunOptions, checkpoint_list, first_batch, load_state, resolve_setting
 from trak.pipeline import Projector, Setting, prepare, verify
 from trak.progress import bar
 from trak.projection import Identity
 from trak.results import Attribution
-from trak.scores import ArrayScores, available_memory
+from trak.scores import ArrayScores
 
 State = Mapping[str, Tensor]
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from trak.batches import describe
 from trak.datasets import RowSource, as_rows
 from trak.errors import InputError
+from trak.memory import available_memory
 from trak.methods.base import Attributor, FittedAttributor
 from trak.methods.representation_similarity import compare
 from trak.methods.representations import RepresentationOptions, Representations, collect, represent
 from trak.results import Attribution
-from trak.scores import ArrayScores, available_memory
+from trak.scores import ArrayScores
 from trak.tasks import Task
 
 _BLOCK_PAIRS = 1 << 22
