@@ -3,8 +3,10 @@
     python examples/alternatives.py examples/recipes/cifar2.py --bank ../shared/banks/cifar2 --what weights damping
 
 `--what weights`: the exponent of the loss weights, the Gram matrix with and without the log loss's second derivatives, the leverage
-correction. `--what damping`: the automatic rule, those of ridge regression, and a sweep of fixed damping. Features are computed once and
-kept in `--save-dir`.
+correction. `--what damping`: the automatic rule and a sweep of fixed damping. `--what rules`: the automatic rule and those of ridge
+regression, each with an eigendecomposition for every checkpoint. `--what whitening`: gradients
+whitened by K-FAC or EK-FAC and projected at random, or cut off to the leading eigenvectors (whitening.py), with and without the Gram matrix.
+Features are computed once and kept in `--save-dir`. Gains are 95% intervals of the difference to the first row, paired.
 """
 
 from __future__ import annotations
@@ -12,18 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from whitening import Leading, Whitened, fit_factors
 
 import trak
 from trak.evaluation import Bank
+from trak.evaluation.estimates import crossed_counts, resampled_mean
+from trak.evaluation.lds import mean_outputs, predictions
+from trak.evaluation.ranks import average_ranks, resampled_correlation
 from trak.precondition import CrossValidationDamping, Damping, EffectiveDimensionDamping, EvidenceDamping
 
 SHARES = (30, 100, 300, 1000, 3000, 10_000)
+NO_GRAM = trak.AutomaticDamping(share=1e-6)  # so much that scores are inner products
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +60,44 @@ def alternatives(
             for exponent in (1.0, 0.7, 0.5, 0.3, 0.0):
                 yield f"q^{exponent:g}, {gram} Gram", {"weight_exponent": exponent, "gram": gram}
         yield "default with leverage correction", {"leverage_correction": True}
-    if "damping" in what:
+    if "damping" in what or "rules" in what:
         yield "automatic", {}
+    if "rules" in what:
         for name, rule in kept.items():
             yield name, {"damping": rule}
+    if "damping" in what:
         for share in SHARES:
             rule = trak.AutomaticDamping(share=share / size**0.5)  # λ = trace / share for every M
             yield f"trace / {share}", {"damping": rule}
+
+
+def whitened(
+    common: Mapping[str, Any],
+    train_set: Any,
+    checkpoints: Sequence[Any],
+    kinds: Sequence[str],
+    ratios: Sequence[float],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, settings of TRAK) with whitened gradients; the factors of every checkpoint are found once.
+
+    A projection knows a checkpoint by its number in the store, which in one store for all ensembles is its place in the list.
+    """
+    yield "plain, Gram", {}
+    yield "plain, no Gram", {"damping": NO_GRAM}
+    for kind in kinds:
+        of_checkpoint = cache(
+            lambda index, kind=kind: fit_factors(common, train_set, checkpoints[index], kind=kind)
+        )
+        inner = common["projection"]
+        trials = {f"leading by {kind}": Leading(inner.dim, of_checkpoint, None, kind)}
+        for ratio in ratios:
+            trials[f"{kind} {ratio:g}, random"] = Whitened(inner, of_checkpoint, ratio, kind)
+            trials[f"{kind} {ratio:g}, leading"] = Leading(inner.dim, of_checkpoint, ratio, kind)
+        for name, projection in trials.items():
+            folder = common["save_dir"] / name.replace(",", "").replace(" ", "-")
+            settings = {"projection": projection, "save_dir": folder}
+            yield f"{name}, Gram", settings
+            yield f"{name}, no Gram", {**settings, "damping": NO_GRAM}
 
 
 def fit(method: trak.TRAK, train_set: Any, checkpoints: list) -> Any:
@@ -69,6 +108,14 @@ def fit(method: trak.TRAK, train_set: Any, checkpoints: list) -> Any:
         return None
 
 
+def resampled_lds(bank: Bank, scores: Any) -> np.ndarray:
+    """The LDS in each of 1,000 resamples of subsets and targets, [B]: the same resamples for all scores, so that differences are paired."""
+    outputs_ST, _ = mean_outputs(bank.outputs, np.asarray(bank.masks))
+    subset_counts_BS, target_counts_BT = crossed_counts(*outputs_ST.shape, num_bootstrap=1000, seed=0)
+    ranks = average_ranks(predictions(scores, bank.masks)), average_ranks(outputs_ST)
+    return resampled_mean(resampled_correlation(*ranks, subset_counts_BS), target_counts_BT)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,10 +123,17 @@ def main() -> None:
     add = parser.add_argument
     add("recipe", type=Path, help="a recipe of `trak frontier`")
     add("--bank", type=Path, required=True, help="its bank of retrained models")
-    add("--what", nargs="+", choices=("weights", "damping"), default=["weights", "damping"])
+    add(
+        "--what",
+        nargs="+",
+        choices=("weights", "damping", "rules", "whitening"),
+        default=["weights", "damping"],
+    )
     add("--checkpoints", type=int, nargs="+", default=[1, 3], help="ensemble sizes")
     add("--average", type=int, default=3, help="for an ensemble of one: mean over so many single checkpoints")
     add("--dim", type=int, default=4096, help="K")
+    add("--factors", nargs="+", choices=("ekfac", "kfac"), default=["ekfac"], help="of whitening")
+    add("--ratios", type=float, nargs="+", default=[1.0, 10.0], help="damping of whitening")
     add("--save-dir", type=Path, default=None, help="keep features there")
     add("--json", type=Path, default=None, help="write the results there")
     options = parser.parse_args()
@@ -100,16 +154,27 @@ def main() -> None:
         "effective dimension 100": Remembered(EffectiveDimensionDamping(100)),
         "effective dimension 300": Remembered(EffectiveDimensionDamping(300)),
     }
+    trials = []
+    if "whitening" in options.what:
+        if options.save_dir is None:
+            parser.error("--what whitening needs --save-dir")
+        trials = list(whitened(common, train_set, checkpoints, options.factors, options.ratios))
     results = []
     for size in options.checkpoints:
-        for name, settings in alternatives(options.what, size, kept):
-            single = []
+        chosen = [*alternatives(options.what, size, kept), *trials]
+        reference_B = None
+        for name, settings in chosen:
+            single, samples = [], []
             for first in range(options.average if size == 1 else 1):
-                fitted = fit(trak.TRAK(**common, **settings), train_set, checkpoints[first : first + size])
+                fitted = fit(
+                    trak.TRAK(**{**common, **settings}), train_set, checkpoints[first : first + size]
+                )
                 if fitted is None:
                     continue
                 attribution = fitted.attribute(targets)
-                single.append(bank.lds(attribution.scores))
+                scores_NT = attribution.scores.tensor()
+                single.append(bank.lds(scores_NT))
+                samples.append(resampled_lds(bank, scores_NT))
             if len(single) < (options.average if size == 1 else 1):
                 results.append({"checkpoints": size, "name": name, "lds": None})
                 print(
@@ -123,8 +188,15 @@ def main() -> None:
                 "high": single[0].high,
                 "damping": attribution.info["damping"][0][0],
             }
+            # Paired with the first row.
+            samples_B = np.mean(samples, axis=0)
+            reference_B = samples_B if reference_B is None else reference_B
+            row["gain_low"], row["gain_high"] = np.quantile(samples_B - reference_B, (0.025, 0.975)).tolist()
             results.append(row)
-            print(f"M = {size:2d}  {name:34s} LDS {row['lds']:.4f}  λ {row['damping']:.4g}", flush=True)
+            gain = f"gain [{row['gain_low']:+.4f}, {row['gain_high']:+.4f}]"
+            print(
+                f"M = {size:2d}  {name:34s} LDS {row['lds']:.4f}  {gain}  λ {row['damping']:.4g}", flush=True
+            )
             if options.json is not None:
                 options.json.write_text(json.dumps(results, indent=1))
 
