@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Two workers with one thread each are faster on two cores than one worker with two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo demo-quick test test-all lint format docs bench clean
+.PHONY: help demo demo-quick test test-all lint format docs bench bench-quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,11 +39,14 @@ docs: $(VENV)/.dev  ## generate the CLI reference and run every block of README 
 	$(BIN)/python -m trak.cli.reference > docs/cli.md
 	$(PYTEST) tests/test_docs.py
 
-bench: $(VENV)/.dev  ## measure featurizing against a plain training pass
-	$(BIN)/python benchmarks/featurize.py
+bench: $(VENV)/.dev  ## measure speed and memory beside the peers, each in its own environment (an hour)
+	$(BIN)/python benchmarks/bench.py
+
+bench-quick: $(VENV)/.dev  ## the same for two models and fewer rounds (ten minutes)
+	$(BIN)/python benchmarks/bench.py --quick
 
 clean:  ## remove the environment and what the targets wrote
-	rm -rf $(VENV) demo-report demo-report-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-report demo-report-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/.envs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
