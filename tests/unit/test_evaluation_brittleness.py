@@ -52,6 +52,22 @@ def test_it_is_the_smallest_of_all_sizes() -> None:
     assert "6 of 10 predictions flipped by removing at most 20 of 100 rows, median 5 rows" in str(result)
 
 
+def test_candidates_alone_are_tried_and_the_smallest_that_flips_is_found() -> None:
+    margins = [50.0, 45.5, 41.0, 40.0, 39.5, 20.5, 9.0, 51.0]
+    candidates = (5, 10, 11, 30, 40)
+    train = Votes(margins)
+    result = brittleness(train, voters_first(8), k=reversed(candidates), num_seeds=1)
+    expected = [next((k for k in candidates if 50 - k - margin < 0), None) for margin in margins]
+    assert list(result.num_removed) == [*expected[:-1], 0] == [5, 5, 10, 11, 11, 30, None, 0]
+    assert result.max_removed == 40
+    for flip in result.flips:
+        assert set(flip.tried) <= {0, *candidates}
+        assert len(flip.tried) <= 1 + 3  # five candidates and "none" are six answers: three questions
+    # A prediction that stands was tried at the largest candidate.
+    assert result.flips[6].output == result.flips[6].tried[40] == 50 - 40 - 9
+    assert brittleness(Votes([45.0]), voters_first(1), k=7, num_seeds=1).num_removed == (7,)
+
+
 def test_share_flipped_counts_the_predictions_that_stood() -> None:
     result = brittleness(Votes([50.0, 47.0, 0.0, 51.0]), voters_first(4), num_seeds=1)
     assert [result.share_flipped(k) for k in (0, 1, 3, 4, 100)] == [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3]
@@ -95,6 +111,12 @@ def test_what_is_refused() -> None:
             brittleness(train, scores, max_fraction=fraction)
     with pytest.raises(InputError, match="of 100 rows is none at all"):
         brittleness(train, scores, max_fraction=0.001)
+    with pytest.raises(InputError, match="pass one of them"):
+        brittleness(train, scores, k=(1, 2), max_fraction=0.3)
+    with pytest.raises(InputError, match="nothing would be left of the 100"):
+        brittleness(train, scores, k=(1, 100))
+    with pytest.raises(InputError, match="k is empty"):
+        brittleness(train, scores, k=())
     with pytest.raises(InputError, match="threshold must be a finite number"):
         brittleness(train, scores, threshold=float("nan"))
     with pytest.raises(InputError, match="train must be a function"):

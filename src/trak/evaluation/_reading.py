@@ -106,6 +106,18 @@ def check_ks(k: Any, num_rows: int) -> tuple[int, ...]:
     return tuple(sorted({check_k(one, num_rows) for one in several}))
 
 
+def check_removals(k: Any, num_rows: int) -> tuple[int, ...]:
+    """As `check_ks`, for rows to remove: something must be left to train on.
+
+    Raises:
+        InputError: see there; or k is N.
+    """
+    ks = check_ks(k, num_rows)
+    if ks[-1] == num_rows:
+        raise InputError(f"k is {ks[-1]}: nothing would be left of the {num_rows} training rows to train on.")
+    return ks
+
+
 def top_rows(scores: Scores, k: int) -> Rows:
     """The k rows with the highest scores of each target, [T, k] int64, highest first; equal scores by row."""
     return scores.top(k).rows.numpy()

@@ -6,7 +6,7 @@ Legend: N training rows, T targets, t chosen targets, k removed rows, R training
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,19 @@ from typing import Any
 import numpy as np
 
 from trak.errors import InputError
-from trak.evaluation._reading import Rows, as_row_numbers, as_scores, as_tensor_positions, top_rows
+from trak.evaluation._reading import (
+    Rows,
+    as_row_numbers,
+    as_scores,
+    as_tensor_positions,
+    check_removals,
+    top_rows,
+)
 from trak.evaluation._training import Retraining, Train, check_train, keep_in
 from trak.evaluation._values import Floats, check_count
 from trak.progress import bar
+
+DEFAULT_MAX_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,8 @@ def brittleness(
     scores: Any,
     *,
     targets: Sequence[int] | None = None,
-    max_fraction: float = 0.2,
+    k: Any = None,
+    max_fraction: float | None = None,
     threshold: float = 0.0,
     num_seeds: int = 3,
     seed: int = 0,
@@ -107,6 +117,8 @@ def brittleness(
     A prediction stands while the mean of its output over R training seeds is at least `threshold`. k is
     doubled from 1 until the prediction flips without its top k rows or k reaches ⌊max_fraction · N⌋, then
     bisected between the last k at which it stood and the first at which it flipped: about 2·log₂ k trials.
+    With candidates `k` these alone are bisected: about log₂(number of candidates + 1) trials.
+
     The k found is an upper bound of the size of the smallest set that flips the prediction, the tighter the
     better the scores (Ilyas et al., 2022, section 4; Park et al., 2023, section 5).
 
@@ -121,7 +133,9 @@ def brittleness(
             largest other one, say. (f = log(p / (1 − p)) falls below 0 earlier, at p = ½.)
         scores: [N, T] of any kind.
         targets: which targets to examine; None for all of them.
-        max_fraction: share of the rows that may be removed, in (0, 1).
+        k: the numbers of rows to choose from, such as (20, 40, 80, 160), when exact ones are not worth their trainings; None searches
+            all numbers up to `max_fraction`.
+        max_fraction: share of the rows that may be removed, in (0, 1); None for a fifth. Not with `k`.
         threshold: see above.
         num_seeds: R. The search trains with the seeds seed, …, seed + R − 1, verification with the R next.
         seed: first training seed.
@@ -148,7 +162,8 @@ def brittleness(
     if not math.isfinite(threshold):
         raise InputError(f"threshold must be a finite number, got {threshold}.")
     checked = as_scores(scores)
-    max_removed = _max_removed(max_fraction, checked.num_train)
+    candidates = None if k is None else _candidates(k, max_fraction, checked.num_train)
+    max_removed = _max_removed(max_fraction, checked.num_train) if candidates is None else candidates[-1]
     chosen = (
         np.arange(checked.num_targets)
         if targets is None
@@ -164,7 +179,7 @@ def brittleness(
         search, fresh = range(seed, seed + num_seeds), range(seed + num_seeds, seed + 2 * num_seeds)
         full_T = models.without_by_seed(np.zeros(0, dtype=np.int64), search).mean(axis=0)
         flips = tuple(
-            _find_flip(models, int(target), top_k, full_T, threshold, search, fresh)
+            _find_flip(models, int(target), top_k, candidates, full_T, threshold, search, fresh)
             for target, top_k in zip(chosen, top_tk)
         )
     return BrittlenessResult(flips, checked.num_train, max_removed, threshold, num_seeds, counted.count)
@@ -186,12 +201,13 @@ def _find_flip(
     models: Retraining,
     target: int,
     top_k: Rows,
+    candidates: tuple[int, ...] | None,
     full_T: Floats,
     threshold: float,
     search: range,
     fresh: range,
 ) -> Flip:
-    """Doubling, bisection and verification for one target."""
+    """Search and verification for one target."""
     tried = {0: float(full_T[target])}
 
     def flips_at(k: int) -> bool:
@@ -200,23 +216,53 @@ def _find_flip(
 
     if tried[0] < threshold:
         return Flip(target, 0, tried[0], None, None, tried)
+    k = _by_doubling(flips_at, len(top_k)) if candidates is None else _among(flips_at, candidates)
+    if k is None:
+        return Flip(target, None, tried[len(top_k)], None, None, tried)
+    verified = float(models.without_by_seed(top_k[:k], fresh)[:, target].mean())
+    return Flip(target, k, tried[k], verified < threshold, verified, tried)
+
+
+def _by_doubling(flips_at: Callable[[int], bool], largest: int) -> int | None:
+    """The smallest k up to `largest` at which the prediction flips, by doubling and bisection."""
     standing, k = 0, 1
     while not flips_at(k):
-        if k == len(top_k):
-            return Flip(target, None, tried[k], None, None, tried)
-        standing, k = k, min(2 * k, len(top_k))
+        if k == largest:
+            return None
+        standing, k = k, min(2 * k, largest)
     while k - standing > 1:
         middle = (standing + k) // 2
         if flips_at(middle):
             k = middle
         else:
             standing = middle
-    verified = float(models.without_by_seed(top_k[:k], fresh)[:, target].mean())
-    return Flip(target, k, tried[k], verified < threshold, verified, tried)
+    return k
 
 
-def _max_removed(max_fraction: float, num_rows: int) -> int:
+def _among(flips_at: Callable[[int], bool], candidates: tuple[int, ...]) -> int | None:
+    """The smallest of rising candidates at which the prediction flips, by bisection."""
+    first, last = 0, len(candidates)
+    while first < last:
+        middle = (first + last) // 2
+        if flips_at(candidates[middle]):
+            last = middle
+        else:
+            first = middle + 1
+    return candidates[first] if first < len(candidates) else None
+
+
+def _candidates(k: Any, max_fraction: float | None, num_rows: int) -> tuple[int, ...]:
+    """`k` as rising numbers below N."""
+    if max_fraction is not None:
+        raise InputError(
+            "k says which numbers of rows are tried, max_fraction how many at most: pass one of them."
+        )
+    return check_removals(k, num_rows)
+
+
+def _max_removed(max_fraction: float | None, num_rows: int) -> int:
     """⌊max_fraction · N⌋, at least 1."""
+    max_fraction = DEFAULT_MAX_FRACTION if max_fraction is None else max_fraction
     if not 0 < max_fraction < 1:
         raise InputError(f"max_fraction must be between 0 and 1, got {max_fraction}. For a fifth pass 0.2.")
     removed = math.floor(round(max_fraction * num_rows, 9))

@@ -19,7 +19,7 @@ from trak.evaluation._reading import (
     as_row_numbers,
     as_scores,
     as_tensor_positions,
-    check_ks,
+    check_removals,
     top_rows,
 )
 from trak.evaluation._training import Retraining, Train, check_train, keep_in
@@ -137,7 +137,7 @@ def removal_curve(
     check_count(seed, "seed", 0)
     methods = _check_methods(scores, random)
     num_rows, num_targets = next(iter(methods.values())).shape
-    ks = _check_removals(k, num_rows)
+    ks = check_removals(k, num_rows)
     chosen = (
         np.arange(num_targets)
         if targets is None
@@ -221,10 +221,3 @@ def _check_methods(scores: Any, random: bool) -> dict[str, CheckedScores]:
             f"All methods must score the same training rows for the same targets, got shapes {shapes}."
         )
     return methods
-
-
-def _check_removals(k: Any, num_rows: int) -> tuple[int, ...]:
-    ks = check_ks(k, num_rows)
-    if ks[-1] == num_rows:
-        raise InputError(f"k is {ks[-1]}: nothing would be left of the {num_rows} training rows to train on.")
-    return ks
