@@ -155,10 +155,13 @@ class ConvBlock(Block):
     def dense(self) -> Tensor:
         """The weight gradients, [B, *shape].
 
-        On a CPU as one convolution whose groups are the images (about the price of the batch's weight
-        gradient); elsewhere by patches and a batched matrix product.
+        On a CPU with many output positions as one convolution whose groups are the images (about the price of the
+        batch's weight gradient); with few positions and many channels, where that is two or three times as
+        dear, and elsewhere, by patches and a batched matrix product.
         """
-        by_image = self._by_grouped_convolution() if self.inputs.device.type == "cpu" else self.by_patches()
+        many_positions = prod(self.gradients.shape[2:]) > 2 * self.shape[0] // self.groups
+        is_grouped = self.inputs.device.type == "cpu" and many_positions
+        by_image = self._by_grouped_convolution() if is_grouped else self.by_patches()
         return by_image.reshape(self.examples, -1, *self.shape).sum(1)
 
     def by_patches(self) -> Tensor:

@@ -23,6 +23,7 @@ from trak.projection.checks import (
     require_state,
     resolve_device,
 )
+from trak.projection.contract import Factor, contract
 from trak.projection.layout import Placement, separate
 from trak.projection.philox import BLOCK_ROWS, Key, derive_key
 from trak.projection.pieces import dense_pieces, upcast
@@ -88,21 +89,21 @@ class Sketch:
     """Drawn factors of one split.
 
     Attributes:
-        rows_RA, columns_CB: the factors, ±1 or the identity.
+        rows, columns: the factors A [R, a] and B [C, b], ±1 or the identity.
         kept_k: which numbers of AᵀGB are kept.
         scale_k: their weights.
         start: first column of the feature matrix.
     """
 
-    rows_RA: Tensor
-    columns_CB: Tensor
+    rows: Factor
+    columns: Factor
     kept_k: Tensor
     scale_k: Tensor
     start: int
 
     def matrix(self) -> Tensor:
         """[R·C, k]: entry (r·C + c, j) is A[r, p] B[c, q] scale_j, for kept number j = (p, q)."""
-        products = self.rows_RA[:, None, :, None] * self.columns_CB[None, :, None, :]
+        products = self.rows.plain[:, None, :, None] * self.columns.plain[None, :, None, :]
         flat = products.reshape(products.shape[0] * products.shape[1], -1)
         return flat[:, self.kept_k] * self.scale_k
 
@@ -194,7 +195,7 @@ class Kronecker(Projection):
                 out_BK[:, start : start + values_Bn.shape[1]] += values_Bn
             return
         for sketch in state.sketches[block.name]:
-            contracted_Bab = block.contract(sketch.rows_RA, sketch.columns_CB)
+            contracted_Bab = contract(block, sketch.rows, sketch.columns)
             kept_Bk = contracted_Bab.flatten(1)[:, sketch.kept_k]
             out_BK[:, sketch.start : sketch.start + kept_Bk.shape[1]] += kept_Bk * sketch.scale_k
 
@@ -243,8 +244,8 @@ class Kronecker(Projection):
             scale_k = split.scale() * sqrt(split.k / place.width)
             drawn.append(
                 Sketch(
-                    rows_RA=_factor(keys[0], rows, split.a, split.exact == "rows", device, dtype),
-                    columns_CB=_factor(keys[1], columns, split.b, split.exact == "columns", device, dtype),
+                    rows=_factor(keys[0], rows, split.a, split.exact == "rows", device, dtype),
+                    columns=_factor(keys[1], columns, split.b, split.exact == "columns", device, dtype),
                     kept_k=split.kept().to(device),
                     scale_k=scale_k.to(device=device, dtype=dtype),
                     start=start,
@@ -256,9 +257,9 @@ class Kronecker(Projection):
 
 def _factor(
     key: Key, rows: int, columns: int, exact: bool, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+) -> Factor:
     """The identity, or random signs: [rows, columns]."""
     if exact:
-        return torch.eye(rows, dtype=dtype, device=device)
+        return Factor.of(torch.eye(rows, dtype=dtype, device=device), is_identity=True)
     packed = draw_packed_signs(key, torch.arange(ceil(rows / BLOCK_ROWS), device=device), columns)
-    return unpack_signs(packed, dtype)[:rows].contiguous()
+    return Factor.of(unpack_signs(packed, dtype)[:rows].contiguous(), is_identity=False)
