@@ -212,7 +212,8 @@ class Attribution:
             ) from error
 
         parts = []
-        for kind, ranking in (("proponent", self.top(k)), ("opponent", self.bottom(k))):
+        top, bottom = self.scores.extremes(k)
+        for kind, ranking in (("proponent", top), ("opponent", bottom)):
             targets, width = ranking.rows.shape
             columns = {
                 "target": np.repeat(np.arange(targets), width),
@@ -344,7 +345,7 @@ class Attribution:
         chosen = self.scores.select_targets(shown)
         width = min(k, self.num_train)
         sides = []
-        for ranking in (chosen.top(width), chosen.bottom(width)):
+        for ranking in chosen.extremes(width):
             several = len(self.members) > 1
             errors = self.standard_error.select_targets(shown).at(ranking.rows) if several else None
             sides.append((ranking, errors))

@@ -29,6 +29,16 @@ def test_moments_are_the_products():
     assert got.outputs_square == sum(i * i for i in range(30))
 
 
+@pytest.mark.parametrize("columns", [1, 4, 5, 9, 11])
+def test_panels_below_the_diagonal_make_the_whole_matrix(columns, monkeypatch):
+    monkeypatch.setattr("trak.precondition.gram.PANEL_COLUMNS", 4)
+    features = torch.randn(30, 12, dtype=torch.float64)
+    got = moments(features, [(0, columns), (columns, 12)], product_dtype=torch.float64)
+    torch.testing.assert_close(got.grams[0], features[:, :columns].T @ features[:, :columns])
+    torch.testing.assert_close(got.grams[1], features[:, columns:].T @ features[:, columns:])
+    assert torch.equal(got.grams[1].tril(-4), got.grams[1].T.tril(-4))
+
+
 def test_small_rows_are_not_lost_beside_large_ones():
     # In a float32 sum 1e8 + 1e-1 is 1e8: blocks are added in float64.
     features = torch.full((2001, 1), 0.1)

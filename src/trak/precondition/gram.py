@@ -1,5 +1,8 @@
 """The Gram matrix ΦᵀΦ, summed over fixed row ranges in a fixed order.
 
+A product of a matrix with its own transpose is symmetric: only the panels on and below the diagonal are formed, little more than half of the
+multiplications, and mirrored at the end.
+
 Shape legend: R rows of one range, K projected, k columns of one group.
 """
 
@@ -13,6 +16,9 @@ from torch import Tensor
 
 Group = tuple[int, int]
 """(start, stop): a slice of the K columns that is preconditioned on its own."""
+
+PANEL_COLUMNS = 512
+"""Columns of ΦᵀΦ that are formed at once: wide enough for products at full speed, narrow enough to save nearly half of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +71,26 @@ def accumulate_moments(
         outputs_R = outputs_R.to(device=device, dtype=product_dtype)
         for index, (start, stop) in enumerate(groups):
             part_Rk = features_RK[:, start:stop]
-            grams[index] += part_Rk.T @ part_Rk
+            _add_lower_panels(grams[index], part_Rk)
             cross[index] += part_Rk.T @ outputs_R
         num_rows += features_RK.shape[0]
         square += float(outputs_R.double().square().sum())
+    for gram in grams:
+        _mirror(gram)
     return Moments(num_rows, tuple(groups), tuple(grams), tuple(cross), square, product_dtype)
+
+
+def _add_lower_panels(gram_kk: Tensor, part_Rk: Tensor) -> None:
+    """Gram += partᵀ part, on and below the diagonal; some of what is above it."""
+    size = gram_kk.shape[0]
+    for start in range(0, size, PANEL_COLUMNS):
+        stop = min(start + PANEL_COLUMNS, size)
+        gram_kk[start:, start:stop] += part_Rk[:, start:].T @ part_Rk[:, start:stop]
+
+
+def _mirror(gram_kk: Tensor) -> None:
+    """The part below the panels on the diagonal, copied above it."""
+    size = gram_kk.shape[0]
+    for start in range(0, size, PANEL_COLUMNS):
+        stop = min(start + PANEL_COLUMNS, size)
+        gram_kk[start:stop, stop:] = gram_kk[stop:, start:stop].T

@@ -33,7 +33,7 @@ class AttributionLike(Protocol):
 
     @property
     def scores(self) -> _Scores:
-        """Has `select_targets(targets)` with `top(k)`, `bottom(k)` and `blocks()`."""
+        """Has `select_targets(targets)` with `extremes(k)` and `blocks()`."""
 
     @property
     def num_train(self) -> int:
@@ -135,7 +135,7 @@ def build_attribution_report(
         raise InputError(f"k is how many proponents and opponents a card shows, at least 1; got {k}")
     scores = attribution.scores.select_targets(torch.tensor(chosen, dtype=torch.int64))
     width = min(k, attribution.num_train)
-    top, bottom = scores.top(width), scores.bottom(width)
+    top, bottom = scores.extremes(width)
     train = _shower(show_train, attribution.train_rows, class_names)
     target = _shower(show_target, attribution.target_rows, class_names)
     shown = [target(row) for row in chosen]

@@ -93,6 +93,10 @@ class Folder(ABC):
         """
 
     @abstractmethod
+    def announce(self, name: str) -> None:
+        """Say that this file, if it is there, will soon be read from front to end: some folders can make use of it."""
+
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a file; nothing if it is gone already."""
 

@@ -93,6 +93,9 @@ class MemoryFolder(Folder):
             raise FileNotFoundError(f"{self._where}/{name}")
         yield self._files[name]
 
+    def announce(self, name: str) -> None:
+        """It is in memory already."""
+
     def remove(self, name: str) -> None:
         """Forget a file, if it is there."""
         self._texts.pop(name, None)

@@ -28,6 +28,9 @@ from trak.store.layout import (
 from trak.store.row_folder import Contents, RowFolder
 from trak.store.writer import Writer
 
+READ_AHEAD_SHARDS = 2
+"""How far before its turn a shard is announced to the disk: far enough for the disk to be busy while the one between is read."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -73,6 +76,11 @@ class RowSet:
     def num_rows(self) -> int:
         """Number of rows, stored or not."""
         return self._files.grid.num_rows
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether rows are kept in memory rather than on disk."""
+        return self._files.folder.in_memory
 
     @property
     def is_complete(self) -> bool:
@@ -266,6 +274,13 @@ class RowSet:
             try:
                 # A shard is looked for by its name: the folder is listed only where one is not there.
                 with self._files.open_shard(shard) as file:
+                    if (
+                        "features" in names
+                        and (a, b) == (first, last)
+                        and shard + READ_AHEAD_SHARDS < grid.num_shards
+                    ):
+                        # Who reads whole shards of features reads on, as a rule.
+                        self._files.folder.announce(grid.name(shard + READ_AHEAD_SHARDS))
                     for name in names:
                         out[name][a - start : b - start] = file.read(name, a - first, b - first)
             except FileNotFoundError:
