@@ -1,9 +1,10 @@
 """Featurizing against one plain forward and backward pass over the same batch: ratios, measured side by side.
 
-    python benchmarks/featurize.py [--batch-size 64] [--dim 2048] [--rounds 7] [--out benchmarks/results]
+    python benchmarks/featurize.py [--dim 2048] [--rounds 5] [--threads 1] [--cases resnet,bert-128] [--out benchmarks/results/featurize.json]
 
-Every round measures all cases in turn, so that drift of the machine falls on all alike; medians of ratios are reported. The floor is
-the plain pass: 1.0 means that attribution costs as much as training for one epoch.
+Every round measures all contenders in turn, so that drift of the machine falls on all alike; medians of ratios are reported. The floor is
+the plain pass: 1.0 means that attribution costs as much as training for one epoch. With one thread, time is the process's own: other
+load does not count, though it still takes caches. Cases and contenders that are run are put beside those that the file has from before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from cases import CASES
 from torch import nn
 from torch.nn import functional as F
 
@@ -60,27 +62,84 @@ class Encoder(nn.Module):
         return self.head(x.mean(1))
 
 
-def cases(batch_size: int):
-    """(name, model, batch)."""
-    torch.manual_seed(0)
-    labels = torch.randint(2, (batch_size,))
-    yield "resnet", ResNet(widths=(32, 64), blocks=2), (torch.randn(batch_size, 3, 32, 32), labels)
-    yield "transformer, 64 tokens", Encoder(), (torch.randint(1000, (batch_size, 64)), labels)
+class Layers(nn.Module):
+    """`nn.TransformerEncoder` over patches of 32 × 32 images: attention is `nn.MultiheadAttention`, as in torchvision's ViT."""
+
+    def __init__(self, width: int = 256, depth: int = 4, heads: int = 4):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.head(self.layers(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
 
 
-def plain_pass(model, batch):
-    loss = F.cross_entropy(model(batch[0]), batch[1])
-    loss.backward()
+class Peered:
+    """A case of the peers' benchmark: model, batch, the loss of each example."""
+
+    def __init__(self, name: str):
+        self.case = CASES[name]
+
+    def __call__(self):
+        batch = self.case.data(self.case.batch_size)
+        return self.case.model(), batch, self.case.losses
+
+
+def own(build, *, images=None, tokens=None, batch_size=64):
+    """(model, batch, losses) of a classifier."""
+
+    def make():
+        torch.manual_seed(0)
+        labels = torch.randint(2, (batch_size,))
+        inputs = torch.randn(batch_size, 3, 32, 32) if images else torch.randint(1000, (batch_size, tokens))
+        losses = lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")  # noqa: E731
+        return build().eval(), (inputs, labels), losses
+
+    return make
+
+
+MODELS = {
+    "resnet": own(lambda: ResNet(widths=(32, 64), blocks=2), images=True),
+    "resnet9-small": Peered("resnet9-small"),
+    "resnet9": Peered("resnet9"),
+    "transformer-128": own(Encoder, tokens=64),
+    "transformer-256": own(lambda: Encoder(width=256), tokens=64, batch_size=32),
+    "transformer-512": own(lambda: Encoder(width=512), tokens=64, batch_size=16),
+    "encoder-layers": own(Layers, images=True, batch_size=32),
+    "vit": Peered("vit"),
+    "bert-128": Peered("bert-128"),
+    "bert-512": Peered("bert-512"),
+    "gpt2-128": Peered("gpt2-128"),
+    "gpt2-512": Peered("gpt2-512"),
+}
+"""Name to what makes (model, batch, losses). Transformers are named by their width, the peers' cases by their tokens."""
+
+
+def plain_pass(model, batch, losses=lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")):
+    losses(model(batch[0]), batch[1]).mean().backward()
     model.zero_grad(set_to_none=True)
 
 
-def contenders(model, batch, dim):
+def contenders(model, batch, dim, losses=None):
     """Name to a function that featurizes the batch once."""
-    task = trak.ImageClassification()
+    # Classifiers have the margin of the correct class; language models the log-likelihood, whose cost is the loss's.
+    is_classifier = batch[1].ndim == 1
+    task = (
+        trak.ImageClassification()
+        if is_classifier
+        else trak.CustomTask(
+            lambda model, batch: -losses(model(batch[0]), batch[1]), weight=torch.ones_like, name="likelihood"
+        )
+    )
     shapes = select_parameters(model, None)
     names = list(shapes)
     state = model_state(model, None, "cpu")
-    hooked, functional = trak.Hooked(), trak.Functional()
+    automatic, functional = trak.Auto(), trak.Functional()
+    hooked = automatic.candidates(model, names)[0]
 
     def with_projection(gradients, projection):
         drawn = projection.init(shapes)
@@ -96,72 +155,94 @@ def contenders(model, batch, dim):
     def only(gradients, consume):
         return lambda: gradients.compute(model, state, task, batch, names, consume)
 
-    yield "hooked, factors only", only(hooked, lambda block: None)
-    yield "hooked, full gradients", only(hooked, lambda block: block.dense())
-    yield "functional (torch.func)", only(functional, lambda block: None)
-    yield f"hooked + Kronecker({dim})", with_projection(hooked, trak.Kronecker(dim))
-    yield f"hooked + Sparse({dim})", with_projection(hooked, trak.Sparse(dim))
-    yield f"hooked + Rademacher({dim})", with_projection(hooked, trak.Rademacher(dim))
+    yield "factors", only(hooked, lambda block: None)
+    yield "gradients", only(hooked, lambda block: block.dense())
+    yield "functional", only(functional, lambda block: None)
+    yield "Kronecker", with_projection(hooked, trak.Kronecker(dim))
+    yield "Sparse", with_projection(hooked, trak.Sparse(dim))
+    yield "Rademacher", with_projection(hooked, trak.Rademacher(dim))
 
 
-def measure(function) -> float:
-    start = time.perf_counter()
+def measure(function, clock) -> float:
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def run_case(model, batch, dim, rounds):
-    model.eval()
-    floor = lambda: plain_pass(model, batch)  # noqa: E731
-    others = dict(contenders(model, batch, dim))
+def run_case(model, batch, losses, dim, rounds, clock, only=None):
+    """(median seconds of the plain pass, median ratios, least seconds of each)."""
+    floor = lambda: plain_pass(model, batch, losses)  # noqa: E731
+    others = {
+        name: function
+        for name, function in contenders(model, batch, dim, losses)
+        if only is None or name in only
+    }
     for function in (floor, *others.values()):
         function()
-    ratios = {name: [] for name in others}
+    ratios, least = {name: [] for name in others}, {name: [] for name in others}
     seconds = []
     for _ in range(rounds):
         for name, function in others.items():
-            base = measure(floor)
+            base = measure(floor, clock)
             seconds.append(base)
-            ratios[name].append(measure(function) / base)
-    return statistics.median(seconds), {name: statistics.median(values) for name, values in ratios.items()}
+            least[name].append(measure(function, clock))
+            ratios[name].append(least[name][-1] / base)
+    return (
+        statistics.median(seconds),
+        {name: statistics.median(values) for name, values in ratios.items()},
+        {"plain": min(seconds)} | {name: min(values) for name, values in least.items()},
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cases", default=",".join(MODELS), help="names, with commas")
+    parser.add_argument(
+        "--contenders", default=None, help="factors, gradients, functional, Kronecker, Sparse, Rademacher"
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "featurize.json")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    results = {}
-    for name, model, batch in cases(options.batch_size):
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    record = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results = record.get("results", {})
+    for name in options.cases.split(","):
+        model, batch, losses = MODELS[name]()
         parameters = sum(p.numel() for p in model.parameters())
-        seconds, ratios = run_case(model, batch, options.dim, options.rounds)
-        results[name] = {"parameters": parameters, "plain_pass_seconds": seconds, "ratios": ratios}
+        only = options.contenders and options.contenders.split(",")
+        seconds, ratios, least = run_case(model, batch, losses, options.dim, options.rounds, clock, only)
+        results[name] = {
+            "parameters": parameters,
+            "batch_size": len(batch[1]),
+            "shape": list(batch[0].shape[1:]),
+            "plain_pass_seconds": seconds,
+            "ratios": results.get(name, {}).get("ratios", {}) | ratios,
+            "least_seconds": results.get(name, {}).get("least_seconds", {}) | least,
+            "rounds": options.rounds,
+            "date": date.today().isoformat(),
+        }
         print(
-            f"\n{name}: {parameters:,} parameters, plain pass {1000 * seconds / options.batch_size:.2f} ms per example"
+            f"\n{name}: {parameters:,} parameters, plain pass {1000 * seconds / len(batch[1]):.2f} ms per example"
         )
         for contender, ratio in ratios.items():
-            print(f"  {contender:32s} {ratio:6.2f} x")
-    record = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "trak": trak.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "batch_size": options.batch_size,
-        "rounds": options.rounds,
-        "results": results,
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"featurize-cpu-{record['date']}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\nwritten to {path}")
+            print(f"  {contender:12s} {ratio:6.2f} x", flush=True)
+        record |= {
+            "torch": torch.__version__,
+            "trak": trak.__version__,
+            "machine": platform.processor() or platform.machine(),
+            "threads": options.threads,
+            "clock": clock.__name__,
+            "dim": options.dim,
+            "results": {name: results[name] for name in MODELS if name in results},
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"\nwritten to {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Projection kernels alone, against their floors: ratios, measured side by side.
 
     python benchmarks/projection.py [--batch-size 64] [--dim 2048] [--entries 65536] [--rounds 7]
-                                    [--device cpu] [--threads 1] [--out benchmarks/results]
+                                    [--device cpu] [--threads 1] [--out benchmarks/results/projection.json]
 
 Dense kinds are compared with a matrix product over a float32 matrix that is there already, in slices that fit a
 cache; `Sparse` with one copy of the gradients. Every round measures all cases in turn, so that drift of the machine
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "projection.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.device == "cpu" and options.threads == 1 else time.perf_counter
@@ -128,10 +128,11 @@ def main() -> None:
         "median_seconds": medians,
         "least_seconds": {name: min(values) for name, values in seconds.items()},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"projection-{options.device}-{record['date']}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"\nwritten to {path}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(options.out.read_text()) if options.out.exists() else {}
+    known[f"{record['device']}, {record['threads']} threads"] = record
+    options.out.write_text(json.dumps(known, indent=2) + "\n")
+    print(f"\nwritten to {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""A task that runs the model under autocast: gradients by hooks, by vmap and one by one agree."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import trak
+from trak.gradients import check_first_batch, model_state, select_parameters
+from trak.gradients.auto import select_gradients
+
+
+@dataclass(frozen=True)
+class Half(trak.ImageClassification):
+    dtype: torch.dtype = torch.bfloat16
+
+    def logits_and_labels(self, model, batch):
+        with torch.autocast("cpu", dtype=self.dtype):
+            logits, labels = super().logits_and_labels(model, batch)
+        return logits.float(), labels
+
+
+def network(*, norms=True):
+    torch.manual_seed(0)
+    batch_norm, layer_norm = (nn.BatchNorm2d(6), nn.LayerNorm(5)) if norms else (nn.Identity(), nn.Identity())
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), batch_norm, nn.ReLU(), nn.Flatten(), nn.Linear(216, 5), layer_norm
+    ).eval()
+
+
+def gradients_of(source, task, model, batch):
+    names = list(select_parameters(model, None))
+    found = {}
+
+    def consume(block):
+        found[block.name] = found.get(block.name, 0) + block.dense()
+
+    outputs = source.compute(model, model_state(model, None, "cpu"), task, batch, names, consume)
+    return outputs, torch.cat([found[name].flatten(1) for name in names], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("source", [trak.Hooked(), trak.Functional()], ids=["hooked", "functional"])
+def test_gradients_under_autocast(source, dtype):
+    # Under vmap torch's norms refuse inputs in half precision.
+    model = network(norms=isinstance(source, trak.Hooked))
+    batch = torch.randn(6, 3, 8, 8), torch.arange(6) % 5
+    outputs, found = gradients_of(source, Half(dtype=dtype), model, batch)
+    one_by_one, expected = gradients_of(trak.Reference(), Half(dtype=dtype), model, batch)
+    _, exact = gradients_of(trak.Reference(), trak.ImageClassification(), model, batch)
+    assert found.dtype == outputs.f.dtype == torch.float32
+    rounding = 3e-2 if dtype == torch.bfloat16 else 4e-3
+    assert float((found - expected).norm() / expected.norm()) < rounding
+    # It did run in half precision, and that is no more than rounding.
+    assert 1e-5 < float((found - exact).norm() / exact.norm()) < 5 * rounding
+    torch.testing.assert_close(outputs.f, one_by_one.f, rtol=rounding, atol=rounding)
+
+
+def test_the_first_batch_passes_its_check():
+    model, batch = network(), (torch.randn(6, 3, 8, 8), torch.arange(6) % 5)
+    names = list(select_parameters(model, None))
+    checked = check_first_batch(trak.Auto(), model, model_state(model, None, "cpu"), Half(), batch, names)
+    assert checked == select_gradients(trak.Auto(), model, names)
