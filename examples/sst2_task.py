@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from finetuning import Examples, fine_tune
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import trak
@@ -22,7 +22,6 @@ from trak.evaluation import seeded
 CLASSES = ("negative", "positive")
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_TOKENS = 80  # the longest sentence of the development set has 60
-BUCKET = 8  # batches that are drawn together and sorted by length
 
 Batch = dict[str, Tensor]
 
@@ -52,22 +51,7 @@ class Recipe:
     batch_size: int = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sentences:
-    """Labelled sentences in order of length, so that neighbours need little padding.
-
-    Attributes:
-        texts: as in the file.
-        labels: 0 negative, 1 positive.
-        rows: their lines in the file, from 0, the header not counted.
-    """
-
-    texts: list[str]
-    labels: list[int]
-    rows: list[int]
-
-
-def read_sentences(file: Path) -> Sentences:
+def read_sentences(file: Path) -> Examples:
     """All lines of a file of SST-2: a header, then label and sentence separated by a tab.
 
     Raises:
@@ -80,14 +64,14 @@ def read_sentences(file: Path) -> Sentences:
         )
     with lzma.open(file, "rt", encoding="utf-8") as lines:
         pairs = [line.rstrip("\n").split("\t") for line in lines][1:]
-    return Sentences(
+    return Examples(
         texts=[text.strip() for _, text in pairs],
         labels=[int(label) for label, _ in pairs],
         rows=list(range(len(pairs))),
     )
 
 
-def choose_train(everything: Sentences, recipe: Recipe) -> Sentences:
+def choose_train(everything: Examples, recipe: Recipe) -> Examples:
     """The first N / 2 whole sentences of each class.
 
     The file holds sentences and most of their phrases. A whole sentence here is a line of 5 to `max_words` words that
@@ -116,7 +100,7 @@ def choose_train(everything: Sentences, recipe: Recipe) -> Sentences:
     return _by_length(everything, chosen)
 
 
-def choose_targets(everything: Sentences, recipe: Recipe) -> Sentences:
+def choose_targets(everything: Examples, recipe: Recipe) -> Examples:
     """The first T lines of 5 to `max_words` words."""
     fitting = [row for row in everything.rows if _fits(everything.texts[row], recipe)]
     if len(fitting) < recipe.num_targets:
@@ -139,9 +123,9 @@ def _parts(texts: Sequence[str], max_words: int) -> set[str]:
     return found
 
 
-def _by_length(everything: Sentences, rows: Sequence[int]) -> Sentences:
+def _by_length(everything: Examples, rows: Sequence[int]) -> Examples:
     order = sorted(rows, key=lambda row: (len(everything.texts[row].split()), row))
-    return Sentences(
+    return Examples(
         texts=[everything.texts[row] for row in order],
         labels=[everything.labels[row] for row in order],
         rows=order,
@@ -170,6 +154,8 @@ class Task:
     keep their embeddings but for weight decay, and take most of the memory. All parameters are trained; dropout is off, so that
     the seed decides the head's first weights and the order of the batches and nothing else.
     """
+
+    name, classes = "sst2", CLASSES
 
     def __init__(self, data: Path, weights: Path, recipe: Recipe) -> None:
         from tokenizers import Tokenizer
@@ -224,27 +210,12 @@ class Task:
         bert.load_state_dict({name: self._pretrained[name] for name in names})
         return model
 
-    def train(self, rows: Tensor, seed: int) -> SentenceClassifier:
+    def train(self, rows: Tensor, seed: int) -> nn.Module:
         """Fine-tune on some rows [n] with AdamW."""
-        recipe, model, order = self.recipe, self.build(seed), torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-        )
-        steps = recipe.epochs * sum(
-            -(-len(c) // recipe.batch_size) for c in rows.split(BUCKET * recipe.batch_size)
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
-        )
-        for _ in range(recipe.epochs):
-            for chosen in shuffled_batches(rows, recipe.batch_size, order):
-                batch = collate([(self._train_tokens[row], self.train_set.labels[row]) for row in chosen])
-                labels = batch.pop("labels")
-                optimizer.zero_grad()
-                F.cross_entropy(model(**batch), labels).backward()
-                optimizer.step()
-                schedule.step()
-        return model.eval()
+        return fine_tune(self.build(seed), rows, seed=seed, recipe=self.recipe, collate=self._batch)
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        return collate([(self._train_tokens[row], self.train_set.labels[row]) for row in rows])
 
     @torch.no_grad()
     def outputs(self, model: nn.Module) -> Tensor:
@@ -261,11 +232,3 @@ def collate(examples: Sequence[tuple[list[int], int]]) -> Batch:
         "attention_mask": (tokens != 0).long(),
         "labels": torch.tensor([label for _, label in examples]),
     }
-
-
-def shuffled_batches(rows: Tensor, batch_size: int, generator: torch.Generator) -> list[list[int]]:
-    """One epoch: rows in random order, sorted by length within every BUCKET batches, and these in random order."""
-    batches: list[Tensor] = []
-    for bucket in rows[torch.randperm(len(rows), generator=generator)].split(BUCKET * batch_size):
-        batches += bucket.sort().values.split(batch_size)  # rows are in order of length
-    return [batches[index].tolist() for index in torch.randperm(len(batches), generator=generator).tolist()]

@@ -17,7 +17,7 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(EXAMPLES))
 
-from sst2 import find_weights  # noqa: E402
+from finetuning import find_weights  # noqa: E402
 from sst2_task import CLASSES, Recipe, Task  # noqa: E402
 
 from trak.evaluation import Bank  # noqa: E402
