@@ -19,7 +19,7 @@ import torch
 import trak
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(
     r"(?:<!--\s*(?P<directive>\w+):\s*(?P<value>[^>]*?)\s*-->\s*\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```",
     re.M | re.S,
