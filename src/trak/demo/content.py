@@ -30,6 +30,7 @@ from trak.report import (
     Suspect,
     TargetsSection,
     Tile,
+    ranked_errors,
     target_cards,
 )
 
@@ -166,7 +167,7 @@ def targets_section(
 ) -> TargetsSection:
     """A card per chosen test image."""
     scores = attribution.scores.select_targets(torch.tensor(shown))
-    top, bottom = scores.top(NUM_INFLUENCES), scores.bottom(NUM_INFLUENCES)
+    top, bottom = scores.extremes(NUM_INFLUENCES)
     cards = target_cards(
         (top.rows, top.scores),
         (bottom.rows, bottom.scores),
@@ -175,6 +176,7 @@ def targets_section(
         outputs=outputs[shown],
         predictions=[CLASS_NAMES[int(predictions[row])] for row in shown],
         truths=[CLASS_NAMES[int(data.test_labels[row])] for row in shown],
+        errors=ranked_errors(attribution, shown, top.rows, bottom.rows),
     )
     numbered = tuple(replace(card, index=row) for card, row in zip(cards, shown))
     lead = (

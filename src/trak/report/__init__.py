@@ -4,7 +4,7 @@ report = Report(Summary("My model"), (TargetsSection(cards), Provenance({"seed":
 write_report(report, "report.html")
 """
 
-from trak.report.attribution import attribution_report, build_attribution_report
+from trak.report.attribution import attribution_report, build_attribution_report, ranked_errors
 from trak.report.build import example_of, ranking_report, target_cards
 from trak.report.data import (
     Example,
@@ -47,6 +47,7 @@ __all__ = [
     "attribution_report",
     "build_attribution_report",
     "example_of",
+    "ranked_errors",
     "ranking_report",
     "render_html",
     "target_cards",

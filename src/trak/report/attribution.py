@@ -152,7 +152,7 @@ def build_attribution_report(
         truths=None
         if said is None or any(one.label is None for one in shown)
         else [str(one.label) for one in shown],
-        errors=_errors(attribution, chosen, top.rows, bottom.rows),
+        errors=ranked_errors(attribution, chosen, top.rows, bottom.rows),
     )
     limit = max(
         (float(part.abs().max()) for part in (top.scores, bottom.scores) if part.numel()), default=0.0
@@ -173,11 +173,20 @@ def build_attribution_report(
     )
 
 
-def _errors(attribution: Any, chosen: list[int], *rankings_Tk: Any) -> Any:
-    """Standard errors over checkpoints of the ranked scores, one for each ranking; None where there is one checkpoint."""
-    if not chosen or len(getattr(attribution, "members", ())) < 2:
+def ranked_errors(attribution: Any, targets: Sequence[int], *rankings_Tk: Any) -> Any:
+    """Standard errors over checkpoints of ranked scores, as `target_cards(errors=…)` takes them.
+
+    Args:
+        attribution: a `trak.Attribution`.
+        targets: the T targets that the rankings are of.
+        rankings_Tk: the training rows of each ranking, [T, k].
+
+    Returns:
+        [T, k] for each ranking; None where there are not two checkpoints.
+    """
+    if not targets or len(getattr(attribution, "members", ())) < 2:
         return None
-    errors = attribution.standard_error.select_targets(torch.tensor(chosen, dtype=torch.int64))
+    errors = attribution.standard_error.select_targets(torch.tensor(list(targets), dtype=torch.int64))
     return tuple(errors.at(rows_Tk) for rows_Tk in rankings_Tk)
 
 
