@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from experiment_page import with_section
 
 from trak.evaluation import bootstrap_mean
 
@@ -299,13 +299,7 @@ def draw(summary: Summary, retrieval_file: Path, counterfactual_file: Path) -> N
 
 def page(text: str, summary: Summary) -> str:
     """The page with the recorded tables between its comments."""
-    inside = f"<!-- begin facts -->\n\n{tables(summary)}\n<!-- end facts -->"
-    text, count = re.subn(
-        r"<!-- begin facts -->.*?<!-- end facts -->", lambda _: inside, text, flags=re.DOTALL
-    )
-    if count != 1:
-        raise SystemExit(f"{PAGE} needs the comments <!-- begin facts --> and <!-- end facts --> once each")
-    return text
+    return with_section(text, "facts", tables(summary))
 
 
 def write_page() -> None:
