@@ -171,7 +171,8 @@ def parse_damping(text: str, num_checkpoints: int) -> float | str | trak.Damping
     if text.startswith("relative:"):
         return trak.RelativeDamping(float(text.removeprefix("relative:")))
     if text.startswith("share:"):
-        return trak.AutomaticDamping(share=float(text.removeprefix("share:")) / num_checkpoints**0.5)
+        share = float(text.removeprefix("share:")) / num_checkpoints**0.5
+        return trak.AutomaticDamping(share=share, directions=None)
     return text if text == "auto" else float(text)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
             task="image_classification",
             checkpoints=bank.checkpoint_files[:size],
             projection=trak.Sparse(dim=dim),
-            damping=trak.AutomaticDamping(share=share / size**0.5),  # λ = trace / share for every M
+            damping=trak.AutomaticDamping(share=share / size**0.5, directions=None),  # λ = trace / share
             save_dir=options.out / f"damping-{dim}",
             batch_size=100,
         )

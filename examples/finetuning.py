@@ -43,6 +43,21 @@ class Examples:
     rows: list[int]
 
 
+@dataclass(frozen=True)
+class Multiple(trak.Damping):
+    """A multiple of the automatic damping."""
+
+    factor: float
+
+    def value(self, moments: Any) -> float:
+        """λ."""
+        return self.factor * trak.AutomaticDamping().value(moments)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The rule, as JSON values."""
+        return {"rule": "multiple", "factor": self.factor, "of": trak.AutomaticDamping().fingerprint()}
+
+
 class Recipe(Protocol):
     """What `fine_tune` reads of an example's recipe, a frozen dataclass."""
 
@@ -243,9 +258,7 @@ def evaluate(
     gradients = {**common, **gradient_options(options)}
     kinds: dict[str, Callable[[], Any]] = {
         **{
-            f"TRAK, {more} × the damping": lambda more=more: trak.TRAK(
-                **gradients, damping=trak.AutomaticDamping(share=1000 / more)
-            )
+            f"TRAK, {more} × the damping": lambda more=more: trak.TRAK(**gradients, damping=Multiple(more))
             for more in (10, 100)
         },
         "gradient cosine": lambda: trak.GradientSimilarity(**gradients),

@@ -12,6 +12,7 @@ from trak.precondition import (
     fit_preconditioner,
     resolve_damping,
 )
+from trak.precondition.damping import GroupMoments
 
 
 def moments(features, groups=None, rows=7, **options):
@@ -102,6 +103,46 @@ def test_damping_rules():
     assert nine.dampings[0] == pytest.approx(trace / 3000)
 
 
+def automatic(features, **options):
+    """λ of the automatic rule, and the effective dimension that it leaves."""
+    num_checkpoints = options.pop("num_checkpoints", 1)
+    got = moments(features, product_dtype=torch.float64)
+    (damping,) = fit_preconditioner(
+        got, AutomaticDamping(**options), num_checkpoints=num_checkpoints
+    ).dampings
+    eigenvalues = torch.linalg.eigvalsh(features.T @ features)
+    return damping, float((eigenvalues / (eigenvalues + damping)).sum())
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 2**31), st.floats(0, 2), st.floats(0.3, 4), st.sampled_from([1, 3, 10]), st.floats(0.1, 10)
+)
+def test_automatic_damping_bounds_the_effective_dimension(seed, decay, directions, num_checkpoints, scale):
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.arange(1, 91, dtype=torch.float64) ** -decay
+    features = torch.randn(120, 90, dtype=torch.float64, generator=generator) * spectrum
+    options = {"directions": directions, "num_checkpoints": num_checkpoints}
+    damping, dimension = automatic(features, **options)
+    bound = directions * 120**0.5 * num_checkpoints ** (1 / 3)
+    by_trace, dimension_by_trace = automatic(features, **{**options, "directions": None})
+    if dimension_by_trace <= bound:
+        assert damping == by_trace
+    else:
+        assert damping > by_trace
+        assert dimension == pytest.approx(bound, rel=1e-4)
+    assert automatic(scale * features, **options)[0] == pytest.approx(scale**2 * damping, rel=1e-4)
+
+
+def test_automatic_damping_of_a_flat_spectrum_by_hand():
+    """Eigenvalues all 1: Σ w / (w + λ) = K / (1 + λ) is 2 √N M^⅓ = 80 where λ = 0.25."""
+    features = torch.eye(100, dtype=torch.float64)
+    got = GroupMoments(torch.eye(100, dtype=torch.float64), features[0], 400, 1.0, num_checkpoints=8)
+    assert AutomaticDamping(directions=1).value(got) == pytest.approx(100 / 40 - 1)
+    assert AutomaticDamping(directions=2).value(got) == pytest.approx(0.25)
+    assert AutomaticDamping(directions=None).value(got) == pytest.approx(100 / 1000 / 8**0.5)
+
+
 @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), "lots", None, True])
 def test_bad_damping(bad):
     with pytest.raises(InputError, match="damping"):
@@ -111,6 +152,8 @@ def test_bad_damping(bad):
             RelativeDamping(bad)
         with pytest.raises(InputError, match="share"):
             AutomaticDamping(share=bad)
+        with pytest.raises(InputError, match="directions"):
+            AutomaticDamping(directions=bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -6,6 +6,8 @@ from trak.errors import InputError
 from trak.precondition.automatic import AutomaticDamping
 from trak.precondition.damping import Damping, FixedDamping
 
+_EXPECTED = 'damping must be a number ≥ 0, "auto", or a rule such as trak.RelativeDamping(ratio) or trak.EvidenceDamping()'
+
 
 def resolve_damping(damping: float | str | Damping) -> Damping:
     """A rule from a number, "auto", or a rule.
@@ -18,11 +20,7 @@ def resolve_damping(damping: float | str | Damping) -> Damping:
     if isinstance(damping, str):
         if damping == "auto":
             return AutomaticDamping()
-        raise InputError(
-            f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {damping!r}'
-        )
+        raise InputError(f"{_EXPECTED}; got {damping!r}")
     if isinstance(damping, bool) or not isinstance(damping, (int, float)):
-        raise InputError(
-            f'damping must be a number ≥ 0, "auto", or trak.RelativeDamping(ratio); got {type(damping).__name__}'
-        )
+        raise InputError(f"{_EXPECTED}; got {type(damping).__name__}")
     return FixedDamping(float(damping))
