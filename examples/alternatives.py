@@ -5,7 +5,8 @@
 `--what weights`: the exponent of the loss weights, the Gram matrix with and without the log loss's second derivatives, the leverage
 correction. `--what damping`: the automatic rule and a sweep of fixed damping. `--what rules`: the automatic rule and those of ridge
 regression, each with an eigendecomposition for every checkpoint. `--what whitening`: gradients
-whitened by K-FAC or EK-FAC and projected at random, or cut off to the leading eigenvectors (whitening.py), with and without the Gram matrix.
+whitened by K-FAC or EK-FAC and projected at random (`trak.Whitened`), or cut off to their leading entries (`trak.Eigenbasis`), with and without
+the Gram matrix.
 Features are computed once and kept in `--save-dir`. Gains are 95% intervals of the difference to the first row, paired.
 """
 
@@ -14,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import runpy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from whitening import Leading, Whitened, fit_factors
 
 import trak
 from trak.evaluation import Bank
@@ -67,35 +67,32 @@ def alternatives(
             yield name, {"damping": rule}
     if "damping" in what:
         for share in SHARES:
-            rule = trak.AutomaticDamping(share=share / size**0.5)  # λ = trace / share for every M
+            rule = trak.AutomaticDamping(share=share / size**0.5, directions=None)  # λ = trace / share
             yield f"trace / {share}", {"damping": rule}
 
 
 def whitened(
-    common: Mapping[str, Any],
-    train_set: Any,
-    checkpoints: Sequence[Any],
+    inner: trak.Sparse,
+    folder: Path,
     kinds: Sequence[str],
     ratios: Sequence[float],
+    samples: Sequence[int | None],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, settings of TRAK) with whitened gradients; the factors of every checkpoint are found once.
-
-    A projection knows a checkpoint by its number in the store, which in one store for all ensembles is its place in the list.
-    """
+    """(name, settings of TRAK) with whitened gradients; the factors of every checkpoint are found once for each store."""
     yield "plain, Gram", {}
     yield "plain, no Gram", {"damping": NO_GRAM}
-    for kind in kinds:
-        of_checkpoint = cache(
-            lambda index, kind=kind: fit_factors(common, train_set, checkpoints[index], kind=kind)
-        )
-        inner = common["projection"]
-        trials = {f"leading by {kind}": Leading(inner.dim, of_checkpoint, None, kind)}
+    for kind, sample in product(kinds, samples):
+        fitted = {"factors": kind, "sample": sample}
+        by = kind if len(samples) == 1 else f"{kind} of {sample or 'all'}"
+        trials: dict[str, trak.Projection] = {
+            f"leading by {by}": trak.Eigenbasis(inner.dim, whitening=None, **fitted)
+        }
         for ratio in ratios:
-            trials[f"{kind} {ratio:g}, random"] = Whitened(inner, of_checkpoint, ratio, kind)
-            trials[f"{kind} {ratio:g}, leading"] = Leading(inner.dim, of_checkpoint, ratio, kind)
+            trials[f"{by} {ratio:g}, random"] = trak.Whitened(inner, whitening=ratio, **fitted)
+            trials[f"{by} {ratio:g}, leading"] = trak.Eigenbasis(inner.dim, whitening=ratio, **fitted)
         for name, projection in trials.items():
-            folder = common["save_dir"] / name.replace(",", "").replace(" ", "-")
-            settings = {"projection": projection, "save_dir": folder}
+            place = folder / name.replace(",", "").replace(" ", "-")
+            settings = {"projection": projection, "save_dir": place}
             yield f"{name}, Gram", settings
             yield f"{name}, no Gram", {**settings, "damping": NO_GRAM}
 
@@ -134,6 +131,14 @@ def main() -> None:
     add("--dim", type=int, default=4096, help="K")
     add("--factors", nargs="+", choices=("ekfac", "kfac"), default=["ekfac"], help="of whitening")
     add("--ratios", type=float, nargs="+", default=[1.0, 10.0], help="damping of whitening")
+    add(
+        "--samples",
+        type=int,
+        nargs="+",
+        default=[trak.Eigenbasis().sample],
+        help="training rows that factors are fitted to; 0 for all",
+    )
+    add("--only", nargs="+", default=[""], help="trials whose names contain one of these, and the first one")
     add("--save-dir", type=Path, default=None, help="keep features there")
     add("--json", type=Path, default=None, help="write the results there")
     options = parser.parse_args()
@@ -158,10 +163,18 @@ def main() -> None:
     if "whitening" in options.what:
         if options.save_dir is None:
             parser.error("--what whitening needs --save-dir")
-        trials = list(whitened(common, train_set, checkpoints, options.factors, options.ratios))
+        samples = [size or None for size in options.samples]
+        trials = list(
+            whitened(common["projection"], options.save_dir, options.factors, options.ratios, samples)
+        )
     results = []
     for size in options.checkpoints:
-        chosen = [*alternatives(options.what, size, kept), *trials]
+        every = [*alternatives(options.what, size, kept), *trials]
+        chosen = [
+            trial
+            for place, trial in enumerate(every)
+            if place == 0 or any(part in trial[0] for part in options.only)
+        ]
         reference_B = None
         for name, settings in chosen:
             single, samples = [], []

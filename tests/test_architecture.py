@@ -23,11 +23,12 @@ ALLOWED = {
     "tasks": VOCABULARY,
     "gradients": VOCABULARY | {"tasks"},
     "projection": VOCABULARY,
-    "store": VOCABULARY,
+    "store": VOCABULARY | {"ahead"},
     "precondition": VOCABULARY,
     "ahead": set(),
     "ranking": {"errors"},
-    "scores": VOCABULARY | {"ahead", "memory", "ranking"},
+    "products": set(),
+    "scores": VOCABULARY | {"ahead", "memory", "products", "ranking"},
     "uncertainty": VOCABULARY | {"scores"},
     "checkpoints": VOCABULARY,
     # The wiring.
@@ -82,7 +83,7 @@ ALLOWED = {
     },
 }
 # The outer rooms may import anything, and nothing imports them.
-OUTER = {"cli", "demo", "integrations", "testing", "viewer"}
+OUTER = {"cli", "demo", "integrations", "testing"}
 OUTER_IMPORTS = {"cli": {"demo"}}
 
 

@@ -53,7 +53,16 @@ from trak.precondition import (
     FixedDamping,
     RelativeDamping,
 )
-from trak.projection import Gaussian, Identity, Kronecker, Projection, Rademacher, Sparse
+from trak.projection import (
+    Eigenbasis,
+    Gaussian,
+    Identity,
+    Kronecker,
+    Projection,
+    Rademacher,
+    Sparse,
+    Whitened,
+)
 from trak.results import Attribution, Groups
 from trak.scores import ArrayScores, Ranking, Scores
 from trak.tasks import (
@@ -94,6 +103,7 @@ __all__ = [
     "DualEncoder",
     "EKFACInfluence",
     "EffectiveDimensionDamping",
+    "Eigenbasis",
     "EmpiricalInfluence",
     "EvidenceDamping",
     "FingerprintError",
@@ -141,6 +151,7 @@ __all__ = [
     "TrakError",
     "TruncatedMonteCarloShapley",
     "UnsupportedLayerError",
+    "Whitened",
     "__version__",
     "attribute",
     "checkpoint_hash",

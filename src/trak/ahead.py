@@ -29,4 +29,5 @@ def read_ahead(calls: Iterable[Callable[[], _Read]]) -> Iterator[_Read]:
         for call in chain([second], waiting):
             done, coming = coming.result(), reading.submit(call)
             yield done
+            del done  # Before the next one is waited for.
         yield coming.result()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from trak.precondition import (
     fit_preconditioner,
 )
 from trak.progress import bar
-from trak.projection import Projection
+from trak.projection import Factors, FittedProjection, Projection, ProjectionState
 from trak.scores import KernelScores, Member
 from trak.store import RowSet, Store
 from trak.tasks import Task
@@ -151,6 +152,7 @@ def featurize(
     rows: RowSet,
     *,
     label: str,
+    factors: Mapping[str, Factors] | None = None,
 ) -> None:
     """Compute and store φ, f and q of every row that is not stored yet.
 
@@ -161,15 +163,17 @@ def featurize(
         source: the examples.
         rows: where they go.
         label: what is featurized, for the progress bar.
+        factors: the checkpoint's, for a projection that is fitted.
 
     Raises:
         GradientError: gradients cannot be had.
+        ProjectionError: the projection is fitted, and there are no factors.
         NonFiniteError: an output, a weight or a feature is NaN or infinite.
     """
     missing = rows.missing()
     if not missing:
         return
-    projector = Projector(setting, state, model_id)
+    projector = Projector(setting, state, model_id, factors)
     total = sum(stop - start for start, stop in missing)
     with (
         bar(rows.num_rows, label, enabled=setting.progress, initial=rows.num_rows - total) as shown,
@@ -186,14 +190,30 @@ def featurize(
 class Projector:
     """Projected gradients of batches at one checkpoint: (batch) -> (φ [B, K], outputs), all on the CPU."""
 
-    def __init__(self, setting: Setting, state: Mapping[str, Tensor], model_id: int) -> None:
-        self.setting, self.state, self.model_id = setting, state, model_id
+    def __init__(
+        self,
+        setting: Setting,
+        state: Mapping[str, Tensor],
+        model_id: int,
+        factors: Mapping[str, Factors] | None = None,
+    ) -> None:
+        self.setting, self.state, self.model_id, self.factors = setting, state, model_id, factors
         self.names = list(setting.shapes)
         self.task = bound_task(setting, state)
         self.gradients = select_gradients(setting.gradients, setting.model, self.names)
-        self.drawn = setting.projection.init(
-            setting.shapes, checkpoint=model_id, device=setting.device, dtype=setting.sum_dtype
-        )
+
+    @cached_property
+    def drawn(self) -> ProjectionState:
+        """The projection's state: prepared when the first gradients are to be projected.
+
+        Raises:
+            ProjectionError: the projection is fitted, and there are no factors.
+        """
+        setting = self.setting
+        options: dict[str, Any] = {"device": setting.device, "dtype": setting.sum_dtype}
+        if isinstance(setting.projection, FittedProjection):
+            options["factors"] = self.factors
+        return setting.projection.init(setting.shapes, checkpoint=self.model_id, **options)
 
     def outputs(self, batch: Any) -> Tensor:
         """F [B] of a prepared batch by one forward pass, on the CPU."""

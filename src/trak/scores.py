@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from trak.ahead import read_ahead
 from trak.errors import InputError
 from trak.memory import available_memory
+from trak.products import FeatureRows, Product, piece_rows, power_of_two, read_parts
 from trak.progress import bar
 from trak.ranking import Extremes, Ranking, rank_blocks
 
@@ -39,24 +40,9 @@ DEFAULT_BLOCK_ROWS = 4096
 BLOCK_SCORES = 1 << 22
 """Scores in one block at the most (but for the smallest blocks): 16 MiB in float32, however many targets there are."""
 
-PIECE_BYTES = 1 << 24
-"""Features that are read at once (at least one row). Larger buffers come fresh from the system each time, and touching their pages for the
-first time takes longer than the products."""
-
 PAIRS_AT_ONCE = 1024
 ROWS_PER_READ = 16
 """Neighbouring rows that are read in about the time of one more call."""
-
-
-class FeatureRows(Protocol):
-    """One checkpoint's training features: a store's row set, or anything with its two members used here."""
-
-    @property
-    def num_rows(self) -> int:
-        """N."""
-
-    def read(self, start: int, stop: int) -> Any:
-        """An object whose `.features` is [stop − start, K]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +103,7 @@ class Scores(ABC):
         """
         if block_rows is None:
             block_rows = min(
-                DEFAULT_BLOCK_ROWS, max(64, _power_of_two(BLOCK_SCORES // max(1, self.num_targets)))
+                DEFAULT_BLOCK_ROWS, max(64, power_of_two(BLOCK_SCORES // max(1, self.num_targets)))
             )
         starts = range(0, self.num_train, block_rows)
         ranges = [(start, min(start + block_rows, self.num_train)) for start in starts]
@@ -231,32 +217,29 @@ class KernelScores(Scores):
 
     def _stream(self, ranges: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
         """Range by range; features are read piece by piece, one piece ahead."""
-        most = _power_of_two(PIECE_BYTES // (4 * max(1, self.members[0].solved_TK.shape[1])))
+        step = piece_rows(self.members[0].rows, self.members[0].solved_TK.shape[1])
         cuts = [
-            [(low, min(low + most, stop)) for low in range(start, stop, most)] or [(start, stop)]
+            [(low, min(low + step, stop)) for low in range(start, stop, step)] or [(start, stop)]
             for start, stop in ranges
         ]
         reads = (
-            partial(_features, member.rows, *piece)
+            partial(read_parts, member.rows, *piece)
             for pieces in cuts
             for piece in pieces
             for member in self.members
         )
         # What is in memory is there without a thread.
         is_near = all(getattr(member.rows, "in_memory", False) for member in self.members)
-        features = (read() for read in reads) if is_near else read_ahead(reads)
-        solved: list[Tensor] = []
+        parts = (read() for read in reads) if is_near else read_ahead(reads)
+        products = [Product(member.solved_TK, self.device) for member in self.members]
         for (start, stop), pieces in zip(ranges, cuts):
             total_RT: Tensor | None = None
             for low, high in pieces:
-                for index in range(len(self.members)):
-                    features_rK = next(features).to(self.device)
-                    if len(solved) <= index:
-                        solved.append(self.members[index].solved_TK.to(features_rK))
+                for index, product in enumerate(products):
+                    piece = next(parts)
                     if total_RT is None:
-                        total_RT = features_rK.new_empty(stop - start, self.num_targets)
-                    part_rT = total_RT[low - start : high - start]
-                    torch.addmm(part_rT, features_rK, solved[index].T, beta=int(index > 0), out=part_rT)
+                        total_RT = product.empty(stop - start, piece)
+                    product.add(piece, total_RT[low - start : high - start], beta=int(index > 0))
             assert total_RT is not None
             weights_R1 = self.weights[start:stop].to(total_RT).unsqueeze(1)
             yield total_RT.mul_(weights_R1 / len(self.members)).cpu()
@@ -422,15 +405,6 @@ def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:
         out[order[low:high]] = block[sorted_rows[low:high] - first]
     assert out is not None
     return out
-
-
-def _features(source: FeatureRows, start: int, stop: int) -> Tensor:
-    return source.read(start, stop).features
-
-
-def _power_of_two(number: int) -> int:
-    """The largest power of two that is not larger, at least 1: pieces then fall together with shards."""
-    return 1 << max(0, number.bit_length() - 1)
 
 
 def _feature_rows(source: FeatureRows, rows_U: Tensor) -> Tensor:

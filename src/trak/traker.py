@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,30 @@ import torch
 from torch import Tensor, nn
 
 from trak import batches
-from trak.errors import InputError, MissingRowsError, ProtocolError
+from trak.datasets import as_rows
+from trak.errors import InputError, ProtocolError
 from trak.gradients import Gradients
-from trak.logs import logger
+from trak.methods.factors import kept_factors, stored_factors
+from trak.methods.finalizer import Finalizer
 from trak.methods.runs import (
     DEFAULT_SHARD_ROWS,
     RunOptions,
+    first_batch,
     load_state,
     make_header,
     register,
     resolve_setting,
 )
-from trak.methods.trak import stored_attribution
-from trak.methods.weights import member_weights, resolve_curvature, resolve_exponent
-from trak.pipeline import Projector, Setting, fit, has_moments, prepare, verify
+from trak.methods.sessions import Session
+from trak.methods.weights import resolve_curvature, resolve_exponent
+from trak.pipeline import Projector, Setting, prepare, verify
 from trak.precondition import Damping, FixedDamping, resolve_damping
-from trak.projection import Projection
+from trak.projection import FittedProjection, Projection
 from trak.results import Attribution
-from trak.store import RowSet, Writer, open_store
+from trak.store import open_store
 from trak.tasks import Task
 
 DEFAULT_EXPERIMENT = "default"
-
-
-@dataclass
-class _Session:
-    """Between load_checkpoint (or start_scoring_checkpoint) and the last batch: where the batches go."""
-
-    model_id: int
-    projector: Projector
-    rows: RowSet
-    writer: Writer
-    cursor: int = 0
-    experiment: str | None = None
 
 
 class TRAKer:
@@ -80,7 +71,8 @@ class TRAKer:
             `finalize_scores()` when no `model_ids` are given. Nothing there is ever deleted or overwritten.
         device: None for what the machine has.
         gradient_computer: a `trak` gradient source or its name.
-        projector: a `trak` projection; None for `proj_dim` columns of the default kind.
+        projector: a `trak` projection; None for `proj_dim` columns of the default kind. With `trak.Eigenbasis`, which is fitted to training
+            gradients, call `fit_factors(train_set)` after each `load_checkpoint`.
         proj_dim: K; None for the default for this model's size.
         projector_seed: the projection's seed.
         use_half_precision: store features in float16 with a scale for each row; sums are in float32 either way.
@@ -146,15 +138,16 @@ class TRAKer:
             raise InputError("give either projector or proj_dim: a projector has its own dimension")
         self._setting = setting
         self._header = make_header(setting, train_set_size, self._options.feature_dtype)
-        self._damping = _damping(lambda_reg, setting.shapes, self._header.dim)
+        damping = _damping(lambda_reg, setting.shapes, self._header.dim)
         if isinstance(lambda_reg, (int, float)):
             gram = "uniform" if gram is None else gram
             weight_exponent = 1.0 if weight_exponent is None else weight_exponent
-        self._weight_exponent = resolve_exponent(weight_exponent, setting.task)
-        self._curvature = resolve_curvature(gram, setting.task, self._weight_exponent)
+        exponent = resolve_exponent(weight_exponent, setting.task)
+        curvature = resolve_curvature(gram, setting.task, exponent)
         self._store = open_store(save_dir, self._header, shard_rows=DEFAULT_SHARD_ROWS)
+        self._finalizer = Finalizer(self._store, damping, curvature, exponent, setting.device)
         self._model_ids: list[int] = list(self._store.checkpoints()) if load_from_save_dir else []
-        self._session: _Session | None = None
+        self._session: Session | None = None
         # By whether targets are looked at: their output may be another than that of training rows.
         self._verified_size = {False: 0, True: 0}
 
@@ -182,6 +175,43 @@ class TRAKer:
         state = load_state(self._options, self._setting, checkpoint)
         self._begin(self._register(state, model_id), state, experiment=None)
 
+    def fit_factors(self, train_set: Any) -> None:
+        """Fit the factors of a projection that is fitted to training gradients, such as `trak.Eigenbasis`, at this checkpoint.
+
+        To be called after `load_checkpoint` and before `featurize`; other projections have none. Two passes over a sample of the training
+        set; factors that are in `save_dir` already are used, and nothing is computed.
+
+        Args:
+            train_set: a DataLoader, a dataset, tensors or a re-iterable of batches, as for `trak.attribute`.
+
+        Raises:
+            ProtocolError: no checkpoint is loaded, or the projection is not fitted.
+            InputError: a training set of another size.
+            TrakError: gradients that cannot be had, or are not finite.
+        """
+        session = self._session
+        if session is None or session.experiment is not None:
+            raise ProtocolError(
+                "fit_factors() needs a checkpoint: call load_checkpoint(checkpoint, model_id=…) first"
+            )
+        if not isinstance(self._setting.projection, FittedProjection):
+            raise ProtocolError(
+                f"{self._setting.projection!r} has no factors to fit: leave out fit_factors(), or pass projector=trak.Eigenbasis(4096)"
+            )
+        source = as_rows(train_set, what="train_set")
+        if source.num_rows != self._header.num_rows:
+            raise InputError(
+                f"train_set has {source.num_rows} rows, and train_set_size is {self._header.num_rows}"
+            )
+        if session.projector.factors is None:
+            batch = first_batch(source)
+            self._verify(session, batch, batches.batch_size(batch))
+        projector, label = session.projector, f"Checkpoint {session.model_id}"
+        factors = kept_factors(
+            projector.setting, projector.state, self._store, session.model_id, source, label=label
+        )
+        session.projector = Projector(projector.setting, projector.state, session.model_id, factors)
+
     def featurize(self, batch: Any, inds: Any = None, num_samples: int | None = None) -> None:
         """Project the gradients of a batch of training examples and store them.
 
@@ -193,7 +223,7 @@ class TRAKer:
         Rows that are stored already are not computed again; their outputs are compared, so that other data do not pass for the same.
 
         Raises:
-            ProtocolError: no checkpoint is loaded.
+            ProtocolError: no checkpoint is loaded, or factors are to be fitted first.
             InputError: neither or both of inds and num_samples, or rows that do not exist.
             StoreError: rows that are stored already, from other data.
         """
@@ -202,7 +232,12 @@ class TRAKer:
             raise ProtocolError(
                 "featurize() needs a checkpoint: call load_checkpoint(checkpoint, model_id=…) first"
             )
-        self._add(session, batch, inds, num_samples, what="training row")
+        if isinstance(self._setting.projection, FittedProjection) and session.projector.factors is None:
+            raise ProtocolError(
+                f"{self._setting.projection!r} is fitted to training gradients: call fit_factors(train_set) after load_checkpoint() and before "
+                "featurize()"
+            )
+        self._add(session, batch, inds, num_samples)
 
     def finalize_features(self, model_ids: Iterable[int] | None = None, del_grads: bool = False) -> None:
         """Compute the Gram matrix of each checkpoint's features, and see that it can be inverted.
@@ -218,9 +253,10 @@ class TRAKer:
             SingularGramError: it cannot be inverted with this damping.
         """
         self._end()
-        chosen = self._chosen(model_ids, step="finalize_features")
+        model_ids = self._model_ids if model_ids is None else model_ids
+        chosen = self._finalizer.chosen(model_ids, step="finalize_features")
         for model_id in chosen:
-            self._preconditioner(model_id, len(chosen))
+            self._finalizer.preconditioner(model_id, len(chosen))
 
     def start_scoring_checkpoint(
         self,
@@ -258,7 +294,7 @@ class TRAKer:
                 f"checkpoint {model_id} was never featurized (known: {known or 'none'}): call load_checkpoint and featurize first"
             )
         model_id = self._register(state, model_id)
-        self._require_finalized(model_id)
+        self._finalizer.require_finalized(model_id)
         self._store.add_experiment(exp_name, num_targets)
         self._begin(model_id, state, experiment=exp_name)
 
@@ -269,7 +305,7 @@ class TRAKer:
             raise ProtocolError(
                 "score() needs a checkpoint and targets: call start_scoring_checkpoint(exp_name, checkpoint, model_id, num_targets) first"
             )
-        self._add(session, batch, inds, num_samples, what="target")
+        self._add(session, batch, inds, num_samples)
 
     def finalize_scores(
         self,
@@ -306,40 +342,16 @@ class TRAKer:
     ) -> Attribution:
         """The scores of an experiment as an `Attribution`; arguments and errors as for `finalize_scores`."""
         self._end()
-        if exp_name not in self._store.experiments():
-            raise ProtocolError(
-                f"no experiment {exp_name!r} (known: {self._store.experiments() or 'none'}): call start_scoring_checkpoint and score first"
-            )
-        chosen = self._scored(exp_name, self._chosen(model_ids, step="finalize_scores"), allow_skip)
-        for model_id in chosen:
-            self._require_finalized(model_id)
-        preconditioners = [self._preconditioner(model_id, len(chosen)) for model_id in chosen]
-        info = {
-            "method": "TRAK",
-            "experiment": exp_name,
-            "num_checkpoints": len(chosen),
-            "projection": dict(self._header.projection),
-            "damping_rule": self._damping.fingerprint(),
-            "curvature_exponent": self._curvature,
-            "weight_exponent": self._weight_exponent,
-        }
-        return stored_attribution(
-            self._store,
-            chosen,
-            exp_name,
-            preconditioners,
-            member_weights(self._store, chosen, self._weight_exponent),
-            device=self._setting.device,
-            progress=None,
-            info=info,
-        )
+        model_ids = self._model_ids if model_ids is None else model_ids
+        return self._finalizer.attribution(exp_name, model_ids, allow_skip=allow_skip)
 
     def _begin(self, model_id: int, state: Any, *, experiment: str | None) -> None:
         self._end()
         rows = self._store.rows(model_id, experiment)
         writer = rows.writer()
-        projector = Projector(self._session_setting(experiment), state, model_id)
-        self._session = _Session(model_id, projector, rows, writer, experiment=experiment)
+        factors = stored_factors(self._setting, self._store, model_id, is_needed=experiment is not None)
+        projector = Projector(self._session_setting(experiment), state, model_id, factors)
+        self._session = Session(model_id, projector, rows, writer, experiment=experiment)
         # Also at the interpreter's exit: rows that wait for their shard to fill must not be lost.
         self._flush = weakref.finalize(self, writer.close)
 
@@ -365,134 +377,24 @@ class TRAKer:
             self._model_ids.append(model_id)
         return model_id
 
-    def _add(self, session: _Session, batch: Any, inds: Any, num_samples: int | None, *, what: str) -> None:
+    def _add(self, session: Session, batch: Any, inds: Any, num_samples: int | None) -> None:
         size = batches.batch_size(batch)
-        rows_B = _row_numbers(session, size, inds, num_samples, what)
-        setting = session.projector.setting
-        separate = session.experiment is not None and self._setting.for_training is not self._setting
-        # A batch of one example cannot show whether examples are mixed.
-        if self._verified_size[separate] < min(size, 2):
-            setting = verify(setting, session.projector.state, batch)
-            self._setting = replace(self._setting, gradients=setting.gradients)
-            self._verified_size[separate] = size
-            session.projector = Projector(setting, session.projector.state, session.model_id)
-        batch = prepare(self._setting, batch)
-        stored_B = session.writer.has(rows_B)
-        on_disk_B = session.rows.has(rows_B) if stored_B.any() else stored_B
-        if on_disk_B.any():
-            self._compare_stored(session, batch, rows_B, on_disk_B, what)
-        if not stored_B.all():
-            label = f"{what}s {int(rows_B.min())} to {int(rows_B.max())}"
-            todo = (~stored_B).nonzero().squeeze(1)
-            features_BK, outputs = session.projector(batches.take(batch, todo), label=label)
-            session.writer.add(rows_B[todo], features_BK, outputs.f, outputs.q)
+        rows_B = session.row_numbers(size, inds, num_samples)
+        self._verify(session, batch, size)
+        session.add(prepare(self._setting, batch), rows_B)
         if inds is None:
             session.cursor += size
 
-    def _compare_stored(
-        self, session: _Session, batch: Any, rows_B: Tensor, stored_B: Tensor, what: str
-    ) -> None:
-        """Stored rows must come from the same examples: their outputs, one forward pass, tell."""
-        again_B = session.projector.outputs(batches.take(batch, stored_B.nonzero().squeeze(1)))
-        before_B = session.rows.outputs_of(rows_B[stored_B])
-        if not torch.allclose(again_B.double(), before_B.double(), rtol=1e-2, atol=1e-2):
-            where = (
-                f"experiment {session.experiment!r}"
-                if session.experiment
-                else f"checkpoint {session.model_id}"
-            )
-            raise InputError(
-                f"{where} holds {what}s {int(rows_B.min())} to {int(rows_B.max())} from other data: the model outputs stored there differ from this "
-                f"batch's by up to {float((again_B - before_B).abs().max()):.3g}. Use another "
-                f"{'exp_name' if session.experiment else 'save_dir'} for other data; check that the loader does not shuffle"
-            )
-
-    def _scored(self, exp_name: str, model_ids: Sequence[int], allow_skip: bool) -> list[int]:
-        complete = []
-        for model_id in model_ids:
-            missing = self._store.rows(model_id, exp_name).missing()
-            if not missing:
-                complete.append(model_id)
-                continue
-            message = f"experiment {exp_name!r}: checkpoint {model_id} has no features for targets {_range_text(missing)}"
-            if not allow_skip:
-                raise MissingRowsError(
-                    f"{message}: call start_scoring_checkpoint and score for it, or pass model_ids, or allow_skip=True"
-                )
-            logger.warning("%s: left out", message)
-        if not complete:
-            raise ProtocolError(
-                f"experiment {exp_name!r}: no checkpoint has all its targets: call start_scoring_checkpoint and score first"
-            )
-        return complete
-
-    def _chosen(self, model_ids: Iterable[int] | None, *, step: str) -> list[int]:
-        chosen = list(self._model_ids if model_ids is None else model_ids)
-        if not chosen:
-            raise ProtocolError(
-                f"{step}() found no checkpoint: call load_checkpoint and featurize first, or pass model_ids of those in save_dir"
-            )
-        known = self._store.checkpoints()
-        unknown = [model_id for model_id in chosen if model_id not in known]
-        if unknown:
-            raise ProtocolError(
-                f"{step}(): checkpoints {unknown} were never featurized (known: {list(known)}): call load_checkpoint and featurize first"
-            )
-        return chosen
-
-    def _require_finalized(self, model_id: int) -> None:
-        rows = self._store.rows(model_id)
-        if not rows.is_complete:
-            raise ProtocolError(
-                f"checkpoint {model_id} is not completely featurized: training rows {_range_text(rows.missing())} are missing. Call featurize for "
-                "them, then finalize_features()"
-            )
-        if not has_moments(rows, [(0, self._header.dim)], self._curvature):
-            raise ProtocolError(
-                f"checkpoint {model_id} is featurized but not finalised: call finalize_features() before scoring"
-            )
-
-    def _preconditioner(self, model_id: int, num_checkpoints: int) -> Any:
-        rows = self._store.rows(model_id)
-        groups = [(0, self._header.dim)]
-        return fit(
-            rows,
-            self._damping,
-            groups,
-            num_checkpoints=num_checkpoints,
-            device=self._setting.device,
-            where=f"checkpoint {model_id}",
-            curvature_exponent=self._curvature,
-        )
-
-
-def _row_numbers(session: _Session, size: int, inds: Any, num_samples: int | None, what: str) -> Tensor:
-    """The rows of a batch's examples, [B] int64."""
-    total = session.rows.num_rows
-    if (inds is None) == (num_samples is None):
-        raise InputError(
-            f"give exactly one of inds (the {what}s of this batch) and num_samples (the next ones in order)"
-        )
-    if inds is not None:
-        given = torch.as_tensor(np.asarray(inds)).reshape(-1)
-        if given.is_floating_point() or given.dtype == torch.bool:
-            raise InputError(f"inds must be whole numbers, the {what}s of this batch; got {given.dtype}")
-        rows = given.long()
-        if len(rows) != size:
-            raise InputError(f"inds has {len(rows)} entries and the batch {size} examples")
-    else:
-        rows = torch.arange(session.cursor, session.cursor + size)
-        is_last = session.cursor + size == total
-        if num_samples != size and not (is_last and num_samples is not None and size < num_samples):
-            raise InputError(
-                f"num_samples is {num_samples} and the batch has {size} examples; only the last batch may be shorter"
-            )
-    if int(rows.min()) < 0 or int(rows.max()) >= total:
-        raise InputError(
-            f"{what}s {int(rows.min())} to {int(rows.max())} do not exist: there are {total}. "
-            "Was the loader run twice for one checkpoint, or is the size that was given too small?"
-        )
-    return rows
+    def _verify(self, session: Session, batch: Any, size: int) -> None:
+        """Check the gradients on the first batch; a batch of one example cannot show whether examples are mixed."""
+        separate = session.experiment is not None and self._setting.for_training is not self._setting
+        if self._verified_size[separate] >= min(size, 2):
+            return
+        projector = session.projector
+        setting = verify(projector.setting, projector.state, batch)
+        self._setting = replace(self._setting, gradients=setting.gradients)
+        self._verified_size[separate] = size
+        session.projector = Projector(setting, projector.state, session.model_id, projector.factors)
 
 
 def _projection(shapes: Any, proj_dim: int | None, seed: int) -> Projection:
@@ -509,8 +411,3 @@ def _damping(lambda_reg: float | Damping | None, shapes: Any, dim: int) -> Dampi
     assert isinstance(fixed, FixedDamping)
     num_parameters = sum(int(torch.Size(shape).numel()) for shape in shapes.values())
     return FixedDamping(fixed.damping * num_parameters / dim)
-
-
-def _range_text(missing: Sequence[tuple[int, int]]) -> str:
-    shown = ", ".join(f"{start} to {stop - 1}" for start, stop in missing[:4])
-    return shown + (f" and {len(missing) - 4} more ranges" if len(missing) > 4 else "")

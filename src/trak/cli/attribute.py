@@ -67,7 +67,7 @@ def attribute(
         str | None,
         typer.Option(
             metavar="KIND:DIM",
-            help="rademacher, gaussian, sparse or kronecker, such as kronecker:4096; or identity.",
+            help="rademacher, gaussian, sparse, kronecker or eigenbasis, such as kronecker:4096; identity; or whitened:KIND:DIM.",
         ),
     ] = None,
     damping: Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trak.errors import InputError
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def parse_projection(words: str) -> Projection:
     """A projection from `kind:dim`, with further options after commas: `sparse:2048,nonzeros=4,seed=1`,
-    `sparse:64,per_layer`; or `identity`.
+    `sparse:64,per_layer`, `eigenbasis:4096,whitening=none`; `identity`; or `whitened:` and another, `whitened:sparse:4096`.
 
     Raises:
-        InputError: a kind or option that is not there, or no whole number where one must be.
+        InputError: a kind or option that is not there, or another value than an option takes.
     """
     from trak.projection.kinds import KINDS
 
@@ -29,22 +29,49 @@ def parse_projection(words: str) -> Projection:
         )
     # How much memory a drawn matrix may take is no matter of the numbers, so no option here.
     fields = dataclasses.fields(KINDS[kind])  # type: ignore[arg-type]
-    known = {field.name: field for field in fields if field.name != "cache_bytes"}
-    options: dict[str, int | bool] = {}
+    known = {field.name: field for field in fields if field.name not in ("cache_bytes", "inner")}
+    options: dict[str, Any] = {}
+    inner: list[str] = []
     for place, part in enumerate(filter(None, rest.split(","))):
-        name, equals, number = part.partition("=")
+        name, equals, value = part.partition("=")
+        if kind == "whitened" and name not in known:
+            inner.append(part)
+            continue
         if not equals and place == 0 and name not in known:
-            name, number = "dim", part
+            name, value = "dim", part
         if name not in known:
             allowed = ", ".join(known) or "no options"
             raise InputError(f"--projection {kind} takes {allowed}; got {part!r} in {words!r}")
-        if isinstance(known[name].default, bool):
-            options[name] = bool(_whole(number, words)) if equals else True
+        if isinstance(known[name].default, bool) and not equals:
+            options[name] = True
         else:
-            options[name] = _whole(number, words)
+            options[name] = _value(known[name], value, words)
+    if kind == "whitened":
+        if not inner:
+            raise InputError(
+                f"--projection whitened needs another projection, such as whitened:sparse:4096; got {words!r}"
+            )
+        options["inner"] = parse_projection(",".join(inner))
+    # A default is for code; on the command line a number of columns is to be seen.
     if "dim" in known and "dim" not in options:
         raise InputError(f"--projection {kind} needs its dimension, such as {kind}:4096; got {words!r}")
     return KINDS[kind](**options)
+
+
+def _value(field: dataclasses.Field[Any], text: str, words: str) -> Any:
+    """An option's value, by the type it is declared with."""
+    declared = str(field.type)
+    if "None" in declared and text == "none":
+        return None
+    if declared == "str":
+        return text
+    if "float" not in declared:
+        number = _whole(text, words)
+        return bool(number) if declared == "bool" else number
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--projection takes a number for {field.name}; got {text!r} in {words!r}") from None
 
 
 def parse_damping(words: str) -> float | str | Damping:

@@ -8,6 +8,7 @@ from trak.gradients.hooked import Hooked
 from trak.gradients.reference import Reference
 from trak.gradients.selection import model_state, select_parameters
 from trak.gradients.swap import lend
+from trak.gradients.wrappers import unwrapped
 
 __all__ = [
     "Auto",
@@ -22,4 +23,5 @@ __all__ = [
     "model_state",
     "select_gradients",
     "select_parameters",
+    "unwrapped",
 ]

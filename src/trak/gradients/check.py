@@ -18,6 +18,7 @@ from trak.errors import GradientError, InputError, MixedExamplesError, NonFinite
 from trak.gradients.base import BlamedError, Gradients, Outputs, forward, random_state_kept
 from trak.gradients.reference import batch_gradient
 from trak.gradients.swap import lend
+from trak.gradients.wrappers import named_parameters
 from trak.logs import logger
 from trak.tasks.base import Task
 
@@ -289,7 +290,7 @@ def _require_finite(what: str, values: Tensor) -> None:
 def forward_outputs(model: nn.Module, state: Mapping[str, Tensor], task: Task, batch: Any) -> Outputs:
     """F and q of a batch by one forward pass, both [B] and detached."""
     # Gradients stay enabled: modules may take other paths without them, and those are not what is verified.
-    parameters = {name for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+    parameters = {name for name, tensor in named_parameters(model) if tensor.is_floating_point()}
     attached = {name: t.detach().requires_grad_(name in parameters) for name, t in state.items()}
     with lend(model, attached), torch.enable_grad():
         f, q = forward(task, model, batch, batch_size(batch))

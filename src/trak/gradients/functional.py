@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,14 @@ class Functional(Gradients):
 
     Attributes:
         chunk_size: examples whose activations are held at once; None takes as many as fit `memory_budget`, which
-            one example's forward pass tells, batch by batch.
+            one example's forward pass tells, for every shape of examples once.
         memory_budget: for activations and the gradients of a chunk, in bytes; estimated, and beside the B × P
             numbers of the whole batch.
     """
 
     chunk_size: int | None = None
     memory_budget: int = 2**30
+    _measured: _Measured = field(default_factory=lambda: _Measured(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None and self.chunk_size < 1:
@@ -94,7 +96,7 @@ class Functional(Gradients):
         size = batch_size(batch)
         if size == 1:
             return 1
-        activations = _saved_bytes(model, state, task, take(batch, slice(0, 1)), names)
+        activations = self._measured.saved_bytes(model, state, task, take(batch, slice(0, 1)), names)
         # The backward pass holds gradients of activations beside them.
         each = 2 * activations
         if size * each > self.memory_budget:
@@ -102,6 +104,35 @@ class Functional(Gradients):
             each += sum(state[name].numel() * state[name].element_size() for name in names)
         most = max(1, self.memory_budget // max(each, 1))
         return -(-size // -(-size // most))
+
+
+class _Measured:
+    """What `_saved_bytes` found for one model and task, by shapes of examples: a forward pass each is worth keeping.
+
+    Models and tasks are not kept alive, and copies start anew.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[Callable[[], Any], Callable[[], Any], dict[Any, int]] = (_nothing, _nothing, {})
+
+    def __reduce__(self) -> tuple[type[_Measured], tuple[()]]:
+        return _Measured, ()
+
+    def saved_bytes(
+        self, model: nn.Module, state: Mapping[str, Tensor], task: Task, example: Any, names: Sequence[str]
+    ) -> int:
+        if self._of[0]() is not model or self._of[1]() is not task:
+            self._of = (ref(model), ref(task), {})
+        known = self._of[2]
+        leaves = tuple((leaf.shape, leaf.dtype) for leaf in flatten(example)[0])
+        key = (leaves, tuple(names), state[names[0]].dtype)
+        if key not in known:
+            known[key] = _saved_bytes(model, state, task, example, names)
+        return known[key]
+
+
+def _nothing() -> None:
+    """A reference to nothing."""
 
 
 def _saved_bytes(

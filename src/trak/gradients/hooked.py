@@ -25,6 +25,7 @@ from trak.gradients.layers.multihead_attention import InProjectionRule, in_steps
 from trak.gradients.local import Local, LocalWatch
 from trak.gradients.swap import LENDING, lend
 from trak.gradients.watch import Layer, SteppedAttention, Watch
+from trak.gradients.wrappers import named_parameters
 from trak.tasks.base import Task
 
 
@@ -194,7 +195,7 @@ class Hooked(Gradients):
 def holders(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
     """Modules that hold attributed parameters themselves: (name, module, local to canonical name)."""
     wanted = set(names)
-    canonical = {id(parameter): name for name, parameter in model.named_parameters() if name in wanted}
+    canonical = {id(parameter): name for name, parameter in named_parameters(model) if name in wanted}
     for module_name, module in model.named_modules():
         local_names = {
             local: canonical[id(parameter)]

@@ -18,6 +18,7 @@ from trak.gradients.base import BlamedError
 from trak.gradients.hooked import Hooked, holders, join
 from trak.gradients.local import Local
 from trak.gradients.swap import LENDING
+from trak.gradients.wrappers import named_parameters
 
 _LARGEST_SHARE = 0.5
 """Of all attributed numbers in a local pass through the whole model: with more, it is better done without hooks."""
@@ -124,9 +125,7 @@ def _grouped(homes: dict[str, str], slots: dict[str, str], loops: set[str]) -> t
 
 def _is_too_much(hooked: Hooked, model: nn.Module, names: Sequence[str]) -> bool:
     """Whether the local pass of the whole model would do most of the work."""
-    sizes = {
-        name: prod(parameter.shape) for name, parameter in model.named_parameters() if name in set(names)
-    }
+    sizes = {name: prod(parameter.shape) for name, parameter in named_parameters(model) if name in set(names)}
     whole = sum(sizes[name] for local in hooked.local if not local.module for name in local.parameters)
     return whole > _LARGEST_SHARE * sum(sizes.values())
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from trak.errors import CheckpointError, ParameterError
 from trak.gradients.swap import LENDING
+from trak.gradients.wrappers import COMPILED, named_buffers, named_parameters
 
 Selection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 """How a user says which parameters: see `select_parameters`."""
 
-_WRAPPERS = ("module.", "_orig_mod.")
+_PARALLEL = "module."
 
 
 def select_parameters(model: nn.Module, parameters: Selection = None) -> dict[str, tuple[int, ...]]:
@@ -44,7 +45,7 @@ def select_parameters(model: nn.Module, parameters: Selection = None) -> dict[st
 
 
 def _selected(model: nn.Module, parameters: Selection) -> dict[str, tuple[int, ...]]:
-    named = dict(model.named_parameters())
+    named = dict(named_parameters(model))
     if not named:
         raise ParameterError(f"{type(model).__name__} has no parameters to attribute to")
     lazy = [name for name, p in named.items() if isinstance(p, nn.parameter.UninitializedParameter)]
@@ -121,7 +122,7 @@ def _state(
         found: dict[str, Tensor] = {}
     else:
         found = _resolve(model, _fit_names(aliases, checkpoint), aliases)
-    shareable = {name for name, _ in model.named_parameters()} - _rescaled(model, aliases)
+    shareable = {name for name, _ in named_parameters(model)} - _rescaled(model, aliases)
     state = {}
     for name, own in tensors.items():
         source = found.get(name, own).detach()
@@ -140,7 +141,14 @@ def _state(
 def _matches(model: nn.Module, named: Mapping[str, nn.Parameter], pattern: str) -> set[str]:
     """Canonical names that one pattern stands for."""
     canonical = {id(parameter): name for name, parameter in named.items()}
-    every = {name: canonical[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    every = {
+        name: canonical[id(p)]
+        for named_as in (
+            named_parameters(model, remove_duplicate=False),
+            model.named_parameters(remove_duplicate=False),
+        )
+        for name, p in named_as
+    }
     if pattern in every:
         if not named[every[pattern]].is_floating_point():
             raise ParameterError(
@@ -177,13 +185,19 @@ def _rescaled(model: nn.Module, aliases: Mapping[str, str]) -> set[str]:
 
 
 def _canonical_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {**dict(named_parameters(model)), **dict(named_buffers(model))}
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
     """Every name of every parameter and buffer, to its canonical name."""
     canonical = {id(tensor): name for name, tensor in _canonical_tensors(model).items()}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    named = [
+        *named_parameters(model, remove_duplicate=False),
+        *named_buffers(model, remove_duplicate=False),
+        # A model with compiled parts writes state dicts under these.
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     return {name: canonical[id(tensor)] for name, tensor in named}
 
 
@@ -200,22 +214,22 @@ def _fit_names(aliases: Mapping[str, str], checkpoint: Mapping[str, Tensor]) -> 
         )
     if all(name in aliases for name in given):
         return given
-    bare_to_own = dict(zip(_unwrapped(list(aliases)), aliases))
+    bare_to_own: dict[str, str] = {}
+    for bare, name in zip(_unwrapped(list(aliases)), aliases):
+        # Two names that differ by a prefix must mean one tensor.
+        if aliases[bare_to_own.setdefault(bare, name)] != aliases[name]:
+            return given
     bare_names = _unwrapped(list(given))
-    if (
-        len(set(bare_names)) == len(given)
-        and len(bare_to_own) == len(aliases)
-        and all(b in bare_to_own for b in bare_names)
-    ):
+    if len(set(bare_names)) == len(given) and all(bare in bare_to_own for bare in bare_names):
         return {bare_to_own[bare]: value for bare, value in zip(bare_names, given.values())}
     return given
 
 
 def _unwrapped(names: list[str]) -> list[str]:
     """Names without the prefixes of wrappers: those that all names share, and torch.compile's anywhere."""
-    names = [name.replace("_orig_mod.", "") for name in names]
-    while names and all(name.startswith(_WRAPPERS[0]) for name in names):
-        names = [name.removeprefix(_WRAPPERS[0]) for name in names]
+    names = [name.replace(COMPILED, "") for name in names]
+    while names and all(name.startswith(_PARALLEL) for name in names):
+        names = [name.removeprefix(_PARALLEL) for name in names]
     return names
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trak.errors import CheckpointError, GradientError
+from trak.gradients.wrappers import functions_uncompiled, named_buffers, named_parameters, run_uncompiled
 
 LENDING = threading.RLock()
 """Held while a model is lent tensors, and while its own are looked at: threads may share a model."""
@@ -21,7 +22,8 @@ def lend(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
 
     Tensors are swapped by canonical name; one that is registered under several names is swapped under all of
     them. Nothing is copied, so tensors of `torch.func` transforms may be lent too. Whatever the forward pass
-    assigns to a module's attributes meanwhile (caches, counters, replaced buffers) is undone as well.
+    assigns to a module's attributes meanwhile (caches, counters, replaced buffers) is undone as well. What was
+    compiled (`torch.compile`, `module.compile()`) runs uncompiled, since compiled code calls no hooks.
 
     Args:
         model: the user's module.
@@ -35,14 +37,14 @@ def lend(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         raise GradientError(
             "a TorchScript module's parameters cannot be exchanged; pass the Python module it was made from"
         )
-    with LENDING:
+    with LENDING, functions_uncompiled():
         yield from _lent(model, state)
 
 
 def _lent(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """What `lend` does while no other thread lends."""
     names = {id(tensor): name for name, tensor in _named_tensors(model)}
-    missing = [name for name, _ in model.named_parameters() if name not in state]
+    missing = [name for name, _ in named_parameters(model) if name not in state]
     if missing:
         raise CheckpointError(
             f"{len(missing)} parameters of the model are not in the state lent to it, first {missing[0]!r}; "
@@ -69,6 +71,7 @@ def _lent(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
             if isinstance(module, nn.RNNBase):
                 # Recurrent modules read their weights through this second list.
                 module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
+            run_uncompiled(module)
             # Not `model.eval()`: a module may override it, and e.g. merge adapters into its weights.
             module.training = False
         yield model
@@ -83,8 +86,8 @@ def _lent(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers under their canonical names."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    yield from named_parameters(model)
+    yield from named_buffers(model)
 
 
 def _refill(slots: dict, own: dict) -> None:

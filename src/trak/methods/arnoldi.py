@@ -206,7 +206,9 @@ def leading_eigenpairs(
             "tolerance, or lower rank"
         ) from error
     except ArpackError as error:
-        raise SingularGramError(f"{where}: no eigenpairs of the Hessian were found ({error})") from error
+        raise SingularGramError(
+            f"{where}: no eigenpairs of the Hessian were found ({error}): lower rank, or raise max_iter or tolerance"
+        ) from error
     order = np.argsort(-np.abs(values), kind="stable")
     return values[order], np.ascontiguousarray(vectors[:, order])
 

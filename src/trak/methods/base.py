@@ -1,4 +1,4 @@
-"""What every attribution method has in common, so that evaluation, report and viewer never ask which one it was."""
+"""What every attribution method has in common, so that evaluation and report never ask which one it was."""
 
 from __future__ import annotations
 

@@ -22,10 +22,12 @@ from trak.methods.base import Attributor, FittedAttributor
 from trak.methods.curvature import LentLoss, check_loss, import_curvlinops, lent_loss
 from trak.methods.gradient_passes import Passes, State, influence_attribution, start_passes
 from trak.methods.runs import RunOptions, first_batch
+from trak.methods.weights import resolve_exponent
 from trak.pipeline import prepare
 from trak.precondition import Damping, FixedDamping, RelativeDamping
 from trak.projection import Identity
 from trak.results import Attribution
+from trak.tasks import resolve_task
 
 _FISHERS = {"exact": "type-2", "sampled": "mc", "empirical": "empirical"}
 
@@ -51,6 +53,8 @@ class EKFACInfluence(RunOptions, Attributor):
         samples: labels drawn for each example; for "sampled" only.
         damping: λ_l: `RelativeDamping(ratio)` times the mean of Λ_l, the authors' 0.1 by default, or one `FixedDamping` for all layers.
         seed: of the drawn labels.
+        weight_exponent: γ of the weights q^γ in ∇L = −q^γ ∇f; 1 is the influence function. Other exponents, or None for `TRAK`'s default for
+            the task, are for networks that have fitted their training set (see `TRAK`); scores are then in no units.
     """
 
     factors: str = "ekfac"
@@ -58,6 +62,7 @@ class EKFACInfluence(RunOptions, Attributor):
     samples: int = 1
     damping: Damping = field(default_factory=lambda: RelativeDamping(0.1))
     seed: int = 0
+    weight_exponent: float | None = 1.0
 
     def fit(self, train_set: Any, checkpoints: Sequence[Any] | None = None) -> FittedEKFACInfluence:
         """The factors of every layer at every checkpoint: two passes over the training set, one for K-FAC.
@@ -93,6 +98,7 @@ class EKFACInfluence(RunOptions, Attributor):
             raise InputError(
                 f"damping must be trak.RelativeDamping(ratio) or trak.FixedDamping(damping); got {self.damping!r}"
             )
+        resolve_exponent(self.weight_exponent, resolve_task(self.task))
 
     def _factors(self, loss: LentLoss, layers: Sequence[Layer]) -> tuple[LayerFactors, ...]:
         kind = {"ekfac": "EKFACLinearOperator", "kfac": "KFACLinearOperator"}[self.factors]
@@ -141,6 +147,7 @@ class FittedEKFACInfluence(FittedAttributor):
             TrakError: anything wrong with the targets.
         """
         method = self.method
+        exponent = resolve_exponent(method.weight_exponent, self.passes.setting.task)
         info = {
             "method": "EK-FAC influence function"
             if method.factors == "ekfac"
@@ -149,12 +156,13 @@ class FittedEKFACInfluence(FittedAttributor):
             "samples": method.samples,
             "seed": method.seed,
             "damping": method.damping.fingerprint(),
+            "weight_exponent": exponent,
         }
 
         def solve(index: int, state: State, vectors_TP: Tensor) -> Tensor:
             return precondition(self.factors[index], vectors_TP, method.damping, self.passes.setting.shapes)
 
-        return influence_attribution(self.passes, targets, solve, info)
+        return influence_attribution(self.passes, targets, solve, info, weight_exponent=exponent)
 
 
 @dataclass(frozen=True)

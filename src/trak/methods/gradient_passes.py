@@ -19,6 +19,7 @@ from trak.datasets import RowSource, as_rows
 from trak.errors import CheckpointError, InputError
 from trak.memory import available_memory
 from trak.methods.runs import RunOptions, checkpoint_list, first_batch, load_state, resolve_setting
+from trak.methods.weights import flattened
 from trak.pipeline import Projector, Setting, prepare, verify
 from trak.progress import bar
 from trak.projection import Identity
@@ -152,15 +153,21 @@ def start_passes(options: RunOptions, train_set: Any, checkpoints: Sequence[Any]
 
 
 def influence_attribution(
-    passes: Passes, targets: Any, solve: Callable[[int, State, Tensor], Tensor], info: Mapping[str, Any]
+    passes: Passes,
+    targets: Any,
+    solve: Callable[[int, State, Tensor], Tensor],
+    info: Mapping[str, Any],
+    *,
+    weight_exponent: float = 1.0,
 ) -> Attribution:
-    """τ(z_i, z) = 1/(M N) Σ_m q_m(z_i) ∇f_m(z_i)ᵀ H_m⁻¹ ∇f_m(z), by one pass over the targets and one over the training set.
+    """τ(z_i, z) = 1/(M N) Σ_m q_m(z_i)^γ ∇f_m(z_i)ᵀ H_m⁻¹ ∇f_m(z), by one pass over the targets and one over the training set.
 
     Args:
         passes: the training set and checkpoints.
         targets: what `as_rows` takes.
         solve: (index of the checkpoint, its state, ∇f [T, P]) -> H⁻¹∇f [T, P].
         info: the method and its settings.
+        weight_exponent: γ; 1 is an influence function.
 
     Raises:
         TrakError: anything wrong with the targets, or what `solve` raises.
@@ -174,8 +181,9 @@ def influence_attribution(
         wanted = passes.products(state, target_rows, label=f"Targets, {which}")
         solved_TP = solve(index, state, wanted.values)
         own = passes.products(state, passes.train, solved_TP.T, label=f"Training gradients, {which}")
-        scores_NT += own.weights.unsqueeze(1) * own.values / (len(scores_NT) * count)
-        weights_N = weights_N + own.weights / count
+        own_N = flattened(own.weights, weight_exponent)
+        scores_NT += own_N.unsqueeze(1) * own.values / (len(scores_NT) * count)
+        weights_N = weights_N + own_N / count
         outputs_T = outputs_T + wanted.outputs / count
     return Attribution(
         scores=ArrayScores(scores_NT),

@@ -224,7 +224,9 @@ class _Counted:
                 f"{len(rows)} training rows"
             )
         if not bool(values_T.isfinite().all()):
-            raise NonFiniteError(f"utilities after training on {len(rows)} rows are NaN or infinite")
+            raise NonFiniteError(
+                f"utilities after training on {len(rows)} rows are NaN or infinite: return a finite number for every set of rows, the empty one too"
+            )
         return values_T
 
 

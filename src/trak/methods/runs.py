@@ -26,9 +26,11 @@ from trak.gradients import (
     Reference,
     model_state,
     select_parameters,
+    unwrapped,
 )
 from trak.logs import logger
 from trak.memory import available_memory
+from trak.methods.factors import kept_factors, stored_factors
 from trak.pipeline import Setting, compare_stored, featurize, verify
 from trak.projection import Projection, default_projection
 from trak.store import Header, Store, open_store
@@ -120,14 +122,10 @@ def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | 
             training, is_verified = _verified(training, state, train)
         if options.check and options.save_dir is not None:
             compare_stored(training, state, train, rows, where=f"{options.save_dir}, checkpoint {index}")
-        featurize(
-            training,
-            state,
-            model_id,
-            train,
-            rows,
-            label=f"Featurizing, checkpoint {index + 1} of {len(sources)}",
-        )
+        which = f"checkpoint {index + 1} of {len(sources)}"
+        if not rows.is_complete:
+            factors = kept_factors(training, state, store, model_id, train, label=which.capitalize())
+            featurize(training, state, model_id, train, rows, label=f"Featurizing, {which}", factors=factors)
     if training.task is not setting.task and options.check:
         is_verified = False  # The targets' output has not been looked at.
     setting = replace(setting, gradients=training.gradients)
@@ -157,7 +155,10 @@ def featurize_targets(run: Run, targets: RowSource, *, as_training: bool = False
         if not is_verified:
             setting, is_verified = _verified(setting, state, targets)
         label = f"Targets, checkpoint {index + 1} of {len(run.model_ids)}"
-        featurize(setting, state, model_id, targets, run.store.rows(model_id, experiment), label=label)
+        rows = run.store.rows(model_id, experiment)
+        if not rows.is_complete:
+            factors = stored_factors(setting, run.store, model_id)
+            featurize(setting, state, model_id, targets, rows, label=label, factors=factors)
     return experiment
 
 
@@ -181,20 +182,21 @@ def resolve_setting(options: RunOptions) -> Setting:
     """
     if not isinstance(options.model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module; got {type(options.model).__name__}")
-    shapes = select_parameters(options.model, options.parameters)
+    model = unwrapped(options.model)
+    shapes = select_parameters(model, options.parameters)
     projection = options.projection if options.projection is not None else default_projection(shapes)
     if not isinstance(projection, Projection):
         raise InputError(
             f"projection must be a trak projection such as trak.Sparse(dim=4096); got {type(projection).__name__}"
         )
     return Setting(
-        model=options.model,
+        model=model,
         task=resolve_task(options.task),
         gradients=resolve_gradients(options.gradients),
         projection=projection,
         shapes=shapes,
         device=resolve_device(options.device),
-        dtype=options.dtype if options.dtype is not None else _common_dtype(options.model),
+        dtype=options.dtype if options.dtype is not None else _common_dtype(model),
         progress=options.progress,
     )
 
@@ -259,9 +261,9 @@ def make_header(setting: Setting, num_rows: int, feature_dtype: str | None, **ex
 
 def load_state(options: RunOptions, setting: Setting, source: Any) -> Mapping[str, Tensor]:
     """A checkpoint's parameters and buffers under the model's names, on the device."""
-    checkpoint = load_checkpoint(source, model=options.model, trust_pickle=options.trust_pickle)
+    checkpoint = load_checkpoint(source, model=setting.model, trust_pickle=options.trust_pickle)
     try:
-        return model_state(options.model, checkpoint, setting.device, setting.dtype)
+        return model_state(setting.model, checkpoint, setting.device, setting.dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{describe(source)}: {error}") from error
 

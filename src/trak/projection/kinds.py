@@ -9,11 +9,13 @@ from typing import Any
 
 from trak.errors import ProjectionError
 from trak.projection.base import Projection
+from trak.projection.eigenbasis import Eigenbasis
 from trak.projection.gaussian import Gaussian
 from trak.projection.identity import Identity
 from trak.projection.kronecker import Kronecker
 from trak.projection.rademacher import Rademacher
 from trak.projection.sparse import Sparse
+from trak.projection.whitened import Whitened
 
 KINDS: Mapping[str, type[Projection]] = MappingProxyType(
     {
@@ -22,6 +24,8 @@ KINDS: Mapping[str, type[Projection]] = MappingProxyType(
         "kronecker": Kronecker,
         "rademacher": Rademacher,
         "sparse": Sparse,
+        "eigenbasis": Eigenbasis,
+        "whitened": Whitened,
     }
 )
 
@@ -40,6 +44,8 @@ def from_fingerprint(fingerprint: Mapping[str, Any]) -> Projection:
             "a projection of your own has to be given as an object"
         )
     options = {option: value for option, value in fingerprint.items() if option not in ("kind", "version")}
+    if isinstance(options.get("inner"), Mapping):
+        options["inner"] = from_fingerprint(options["inner"])
     known = {field.name for field in fields(KINDS[kind])}  # type: ignore[arg-type]
     expected = {option for option in known if option != "cache_bytes"}
     if set(options) != expected:

@@ -1,5 +1,6 @@
 """Features on disk or in memory: immutable shards under one manifest. Format: docs/format.md."""
 
+from trak.store.encoding import StoredRows
 from trak.store.header import FORMAT_VERSION, Header
 from trak.store.rows import Rows, RowSet
 from trak.store.store import Store, load_store, open_store
@@ -15,6 +16,7 @@ __all__ = [
     "RowSet",
     "Rows",
     "Store",
+    "StoredRows",
     "Writer",
     "load_store",
     "open_store",

@@ -21,6 +21,9 @@ from torch import Tensor
 from trak.errors import NonFiniteError
 from trak.store.folder import Spec
 
+DECODED_BYTES = 1 << 20
+"""Decoded features that are written at once: what a core's own cache holds, about."""
+
 _HALF_TOP = 15
 _SMALLEST_EXPONENT = -126
 _FLOAT32_BIAS = 127
@@ -53,6 +56,43 @@ class Piece:
             return Piece(rows, whole)
         positions = torch.from_numpy(first)
         return Piece(rows, {name: tensor.index_select(0, positions) for name, tensor in whole.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Consecutive rows as they are stored, to be decoded a few at a time: what is decoded is then still in the processor's cache.
+
+    Attributes:
+        features: [R, K] in the stored dtype. It may share a file's or a store's memory: not to be written to.
+        scale: [R] float32 where rows are scaled (float16), else None.
+    """
+
+    features: Tensor
+    scale: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What features decode to: float64 where they are stored so, else float32."""
+        return torch.float64 if self.features.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the stored numbers are the decoded ones."""
+        return self.scale is None and self.features.dtype == self.dtype
+
+    def to(self, device: torch.device) -> StoredRows:
+        """The same rows on a device, in the stored dtype."""
+        return StoredRows(self.features.to(device), None if self.scale is None else self.scale.to(device))
+
+    def decode(self, start: int, stop: int, out_RK: Tensor) -> Tensor:
+        """Rows start to stop, scale undone exactly, written to `out_RK` [stop − start, K] of `dtype`."""
+        out_RK.copy_(self.features[start:stop])
+        if self.scale is not None:
+            out_RK.mul_(self.scale[start:stop].unsqueeze(1))
+        return out_RK
 
 
 @dataclass(frozen=True)
@@ -117,16 +157,26 @@ class Encoding:
             tensors["features"] = features_RK.to(feature_dtype)
         return Piece(rows, tensors)
 
-    def decode(self, tensors: dict[str, Tensor]) -> Tensor:
-        """Features in float32 (float64 where stored so), scale undone exactly: [R, K]."""
-        if self.feature_dtype in ("float64", "float32"):
-            return tensors["features"]
-        features_RK = tensors["features"].float()
-        return (
-            features_RK.mul_(tensors["scale"].unsqueeze(1))
-            if self.feature_dtype == "float16"
-            else features_RK
-        )
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row's features as they are stored."""
+        dtype: torch.dtype = getattr(torch, self.feature_dtype)
+        return self.dim * dtype.itemsize
+
+    def empty_decoded(self, num_rows: int) -> Tensor:
+        """Uninitialised decoded features, [num_rows, K]: float32, or float64 where stored so."""
+        dtype = torch.float64 if self.feature_dtype == "float64" else torch.float32
+        return torch.empty(num_rows, self.dim, dtype=dtype)
+
+    def decode(self, tensors: dict[str, Tensor], out_RK: Tensor) -> Tensor:
+        """Features with their scale undone exactly, written to `out_RK` [R, K] of `empty_decoded`'s dtype."""
+        stored = StoredRows(tensors["features"], tensors.get("scale"))
+        # In parts that a cache holds, since scaled features are written to twice.
+        step = max(1, DECODED_BYTES // max(1, 4 * self.dim))
+        for start in range(0, len(stored), step):
+            stop = min(start + step, len(stored))
+            stored.decode(start, stop, out_RK[start:stop])
+        return out_RK
 
 
 def scale_exponents(magnitude_R: Tensor) -> Tensor:

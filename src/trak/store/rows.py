@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trak.ahead import read_ahead
 from trak.errors import InputError, MissingRowsError, StoreError
-from trak.store.encoding import Piece
+from trak.store.encoding import Piece, StoredRows
 from trak.store.files import open_file, write_file
 from trak.store.header import check_integer
 from trak.store.layout import (
@@ -83,6 +85,16 @@ class RowSet:
         return self._files.folder.in_memory
 
     @property
+    def shard_rows(self) -> int:
+        """Rows of a shard: what is read as a whole is compared with its checksums."""
+        return self._files.grid.shard_rows
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard's features as they are stored."""
+        return self.shard_rows * self._files.encoding.row_bytes
+
+    @property
     def is_complete(self) -> bool:
         """Whether no row is missing."""
         return not self.missing()
@@ -122,11 +134,44 @@ class RowSet:
             CorruptShardError: a file is damaged. A shard that is read as a whole is compared with its
                 checksums; of one that is read in part, only dtypes, shapes and row range are checked.
         """
-        self._check_range(start, stop)
-        if not self.has_features:
-            raise self._missing_error([])
-        tensors = self._gather(start, stop, self._files.encoding.names)
-        return Rows(start, self._files.encoding.decode(tensors), tensors["outputs"], tensors["weights"])
+        self._check_readable(start, stop)
+        encoding = self._files.encoding
+        features_RK = encoding.empty_decoded(stop - start)
+        values = encoding.empty(stop - start, ("outputs", "weights"))
+
+        def take(first: int, tensors: dict[str, Tensor], whole: bool) -> None:
+            place = slice(first - start, first - start + len(tensors["outputs"]))
+            encoding.decode(tensors, features_RK[place])
+            for name, out_R in values.items():
+                out_R[place] = tensors[name]
+
+        self._files.retry(lambda: self._take_once(start, stop, encoding.names, take))
+        return Rows(start, features_RK, values["outputs"], values["weights"])
+
+    def read_stored(self, start: int, stop: int) -> list[StoredRows]:
+        """Features of rows start to stop (excluded) in their stored dtype, in order, one part for each shard they lie in.
+
+        Whole shards, and all that is in memory, are not copied: the parts share the file's or the store's memory. On disk, shards
+        that are read as a whole have been compared with their checksums, hence have been read, when this returns.
+
+        Raises:
+            InputError, MissingRowsError, CorruptShardError: as in `read`.
+        """
+        self._check_readable(start, stop)
+        names = tuple(name for name in self._files.encoding.names if name in ("features", "scale"))
+        parts: list[StoredRows] = []
+
+        def take(first: int, tensors: dict[str, Tensor], whole: bool) -> None:
+            if not (whole or self.in_memory):
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            parts.append(StoredRows(tensors["features"], tensors.get("scale")))
+
+        def read() -> None:
+            parts.clear()
+            self._take_once(start, stop, names, take)
+
+        self._files.retry(read)
+        return parts
 
     def blocks(self, block_rows: int | None = None) -> Iterator[Rows]:
         """All rows in order, in blocks [i·b, (i+1)·b) with b = block_rows (default: shard by shard).
@@ -246,8 +291,12 @@ class RowSet:
                 files.folder.remove(name)
 
     def _blocks(self, block_rows: int) -> Iterator[Rows]:
-        for start in range(0, self.num_rows, block_rows):
-            yield self.read(start, min(start + block_rows, self.num_rows))
+        reads = (
+            partial(self.read, start, min(start + block_rows, self.num_rows))
+            for start in range(0, self.num_rows, block_rows)
+        )
+        # What is in memory is there without a thread.
+        return (read() for read in reads) if self.in_memory else read_ahead(reads)
 
     def _outputs_between(self, start: int, stop: int) -> Tensor:
         if not self.has_features:
@@ -262,33 +311,45 @@ class RowSet:
 
     def _gather(self, start: int, stop: int, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors of rows start to stop as they are stored."""
-        return self._files.retry(lambda: self._gather_once(start, stop, names))
-
-    def _gather_once(self, start: int, stop: int, names: Sequence[str]) -> dict[str, Tensor]:
-        grid = self._files.grid
         out = self._files.encoding.empty(stop - start, names)
+
+        def take(first: int, tensors: dict[str, Tensor], whole: bool) -> None:
+            for name, tensor in tensors.items():
+                out[name][first - start : first - start + len(tensor)] = tensor
+
+        self._files.retry(lambda: self._take_once(start, stop, names, take))
+        return out
+
+    def _take_once(
+        self,
+        start: int,
+        stop: int,
+        names: Sequence[str],
+        take: Callable[[int, dict[str, Tensor], bool], None],
+    ) -> None:
+        """Call take(first row, tensors, whether they are all of a shard's) for each shard that rows start to stop lie in.
+
+        The tensors share the file's memory.
+
+        Raises:
+            FileNotFoundError: files went meanwhile; `take` has then been called for some parts already.
+        """
+        grid = self._files.grid
         contents: Contents | None = None
         for shard in range(start // grid.shard_rows, -(-stop // grid.shard_rows) if stop > start else 0):
             first, last = grid.bounds(shard)
             a, b = max(first, start), min(last, stop)
+            whole = (a, b) == (first, last)
             try:
                 # A shard is looked for by its name: the folder is listed only where one is not there.
                 with self._files.open_shard(shard) as file:
-                    if (
-                        "features" in names
-                        and (a, b) == (first, last)
-                        and shard + READ_AHEAD_SHARDS < grid.num_shards
-                    ):
+                    if "features" in names and whole and shard + READ_AHEAD_SHARDS < grid.num_shards:
                         # Who reads whole shards of features reads on, as a rule.
                         self._files.folder.announce(grid.name(shard + READ_AHEAD_SHARDS))
-                    for name in names:
-                        out[name][a - start : b - start] = file.read(name, a - first, b - first)
+                    take(a, {name: file.read(name, a - first, b - first) for name in names}, whole)
             except FileNotFoundError:
                 contents = contents or self._files.look()
-                piece = self._from_fragments(contents, start, stop, (a, b), names)
-                for name in names:
-                    out[name][a - start : b - start] = piece.tensors[name]
-        return out
+                take(a, self._from_fragments(contents, start, stop, (a, b), names).tensors, True)
 
     def _from_fragments(
         self, contents: Contents, start: int, stop: int, part: Range, names: Sequence[str]
@@ -301,6 +362,11 @@ class RowSet:
             # The shard appeared between the attempt to open it and the listing.
             raise FileNotFoundError(f"{self._files.folder.where}: changed while it was read")
         return piece
+
+    def _check_readable(self, start: int, stop: int) -> None:
+        self._check_range(start, stop)
+        if not self.has_features:
+            raise self._missing_error([])
 
     def _check_rows(self, numbers: np.ndarray) -> None:
         if len(numbers) and (numbers.min() < 0 or numbers.max() >= self.num_rows):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from trak.errors import FingerprintError, InputError, StoreError
 from trak.store.disk import DiskFolder
 from trak.store.encoding import Encoding
 from trak.store.folder import Folder
 from trak.store.header import FORMAT_VERSION, Header, check_integer, refuse_difference
+from trak.store.kept import keep_first, read_kept
 from trak.store.layout import Grid, check_name
 from trak.store.memory import MemoryFolder
 from trak.store.row_folder import RowFolder
@@ -89,6 +93,32 @@ class Store:
                 f"add_checkpoint({model_id}, fingerprint)."
             )
         return _field(self.folder, stored, "fingerprint", str)
+
+    def kept(self, model_id: int, name: str) -> dict[str, Tensor] | None:
+        """Tensors that belong to a checkpoint, kept by `keep`; None if there are none of that name.
+
+        Raises:
+            InputError: the checkpoint is not known, or a name that cannot be.
+            StoreError: they are damaged or gone.
+        """
+        folder, belongs_to = self.checkpoint_folder(model_id)
+        return read_kept(folder, name, belongs_to)
+
+    def keep(self, model_id: int, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Keep tensors with a checkpoint for all its features to be made with; what is there already stays.
+
+        Returns:
+            What is kept now: these, or those that another process had brought before.
+        """
+        folder, belongs_to = self.checkpoint_folder(model_id)
+        return keep_first(folder, name, tensors, belongs_to)
+
+    def checkpoint_folder(self, model_id: int) -> tuple[Folder, dict[str, str]]:
+        """Where a checkpoint's files are, and what tensors kept there say of themselves: copied elsewhere, they are refused."""
+        text = f"{self.header.digest()} {self.checkpoint_fingerprint(model_id)}"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        folder = self.folder.folder(CHECKPOINTS).folder(str(model_id))
+        return folder, {"kept_with": f"{CHECKPOINTS}/{model_id}", "fingerprint": digest}
 
     def experiments(self) -> list[str]:
         """Names of experiments (sets of targets), sorted."""

@@ -40,7 +40,7 @@ class Report:
     Attributes:
         where: the store's folder, or "memory".
         shards: number of intact shards.
-        others: number of other intact files: fragments, derived results, outputs kept without features.
+        others: number of other intact files: fragments, derived results, outputs kept without features, tensors kept with a checkpoint.
         corrupt: damaged files.
         missing: missing rows. Rows of damaged shards count as corrupt, not as missing.
         unknown: files inside row folders that are none of the store's.
@@ -123,6 +123,8 @@ def verify(path_or_store: str | Path | Store, *, read: bool = True, remove_stale
         contents = _contents(files, found[-1])
         if contents.missing():
             gaps.append(Gap(rows.label, tuple(contents.missing())))
+    for model_id in store.checkpoints():
+        found.append(_check_kept(store, model_id, read=read))
     return Report(
         where=store.where,
         shards=sum(item.shards for item in found),
@@ -147,6 +149,25 @@ def _folders(folder: Folder) -> Iterator[Folder]:
     yield folder
     for name in folder.folders():
         yield from _folders(folder.folder(name))
+
+
+def _check_kept(store: Store, model_id: int, *, read: bool) -> _Findings:
+    """Tensors that are kept with a checkpoint."""
+    folder, expected = store.checkpoint_folder(model_id)
+    found = _Findings(0, 0, [], [], {}, [])
+    for name in folder.files():
+        if name.endswith(SUFFIX):
+            try:
+                with open_file(folder, name) as file:
+                    file.check_about({"kind": "kept", **expected})
+                    if read:
+                        file.verify()
+                found.others += 1
+            except FileNotFoundError:
+                continue  # of a process that came second
+            except CorruptShardError as error:
+                found.corrupt.append(Damage(f"{folder.where}/{name}", str(error)))
+    return found
 
 
 def _check_rows(files: RowFolder, *, read: bool) -> _Findings:

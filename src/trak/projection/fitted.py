@@ -1,0 +1,78 @@
+"""Projections that are fitted to training gradients at every checkpoint, and what their options may be.
+
+Ordinary kinds are a pure function of seed, checkpoint and names. A fitted kind takes `factors` besides, which the run finds from a sample of
+the training set before anything is featurized at a checkpoint, and keeps in the store: training rows and targets have to meet the same.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trak.errors import ProjectionError
+from trak.projection.base import Projection, ProjectionState, Shapes
+from trak.projection.checks import check_integer
+from trak.projection.factors import FactorOptions, Factors, check_factors
+
+DEFAULT_SAMPLE = 2000
+"""Training rows that factors are fitted to; design/whitening.md has the figures."""
+LARGEST_SIDE = 2048
+
+
+class FittedProjection(Projection):
+    """A projection whose matrix depends on Kronecker factors of the training gradients (`trak.projection.factors`).
+
+    It is a linear map all the same, but no random one: inner products of features are not those of gradients.
+    """
+
+    @property
+    @abstractmethod
+    def factor_options(self) -> FactorOptions:
+        """How its factors are fitted."""
+
+    @abstractmethod
+    def init(
+        self,
+        shapes: Shapes,
+        *,
+        checkpoint: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        factors: Mapping[str, Factors] | None = None,
+    ) -> ProjectionState:
+        """The matrix for one checkpoint, from its factors.
+
+        Raises:
+            ProjectionError: no factors, or those of other parameters; or as for other kinds.
+        """
+
+
+def require_factors(
+    projection: FittedProjection, factors: Mapping[str, Factors] | None, shapes: Shapes
+) -> Mapping[str, Factors]:
+    """The factors, or ProjectionError if there are none or they do not fit the parameters."""
+    if factors is None:
+        raise ProjectionError(
+            f"{projection!r} is fitted to training gradients, and there are no factors: trak.attribute and trak.TRAK fit them by themselves, "
+            "with trak.TRAKer call fit_factors(train_set) after load_checkpoint(), and give what you have to init(..., factors=...)"
+        )
+    check_factors(factors, shapes)
+    return factors
+
+
+def check_fitted_options(whitening: Any, factors: Any, sample: Any, largest_side: Any) -> None:
+    """Raise ProjectionError unless these are options of a fitted kind."""
+    is_number = isinstance(whitening, (int, float)) and not isinstance(whitening, bool)
+    if whitening is not None and not (is_number and 0 <= whitening < math.inf):
+        raise ProjectionError(
+            f"whitening must be a number ≥ 0, the damping in units of the mean eigenvalue; got {whitening!r}"
+        )
+    if factors not in ("ekfac", "kfac"):
+        raise ProjectionError(f'factors must be "ekfac" or "kfac"; got {factors!r}')
+    if sample is not None:
+        check_integer("sample (training rows to fit factors to; None for all)", sample, at_least=1)
+    check_integer("largest_side", largest_side, at_least=1)

@@ -1,0 +1,46 @@
+"""examples/alternatives.py compares what TRAK can be on a bank, with whitened gradients too."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import torch
+
+from trak.evaluation import Bank
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+RECIPE = """
+import torch
+
+torch.manual_seed(0)
+model = torch.nn.Linear(6, 3)
+train_set = torch.randn(30, 6), torch.arange(30) % 3
+targets = torch.randn(8, 6), torch.arange(8) % 3
+task = "image_classification"
+checkpoints = [{name: torch.randn_like(value) for name, value in model.state_dict().items()} for _ in range(3)]
+"""
+
+
+def test_the_trial_runs_and_compares_with_plain_features(tmp_path, monkeypatch):
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(12, 30, generator=generator) < 0.5
+    Bank(masks=masks.numpy(), outputs=torch.randn(12, 1, 8, generator=generator).numpy()).save(
+        tmp_path / "bank"
+    )
+    words = [tmp_path / "recipe.py", "--bank", tmp_path / "bank", "--what", "whitening", "--dim", "9"]
+    words += ["--factors", "ekfac", "kfac", "--ratios", "1", "--samples", "0", "20"]
+    words += ["--save-dir", tmp_path / "kept"]
+    words += ["--json", tmp_path / "result.json", "--average", "2", "--checkpoints", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["alternatives.py", *map(str, words)])
+    runpy.run_path(str(EXAMPLES / "alternatives.py"), run_name="__main__")
+    rows = json.loads((tmp_path / "result.json").read_text())
+    assert [row["checkpoints"] for row in rows] == [1] * 26 + [2] * 26
+    plain = rows[0]
+    assert (plain["name"], plain["gain_low"], plain["gain_high"]) == ("plain, Gram", 0, 0)
+    for row in rows:
+        assert row["gain_low"] <= row["gain_high"]
+        assert -1 <= row["low"] <= row["high"] <= 1
+    assert len({row["lds"] for row in rows[:26]}) > 7
