@@ -59,7 +59,8 @@ def attribute(
             a function (model, batch) -> f [batch], or a `trak.Task` such as `trak.ContrastivePairs` or `trak.Diffusion`.
         checkpoints: the ensemble: state dicts, paths (.safetensors, .pt, folders), modules, or functions that return one. More checkpoints,
             trained on different subsets or from different seeds, give better scores. None: the model's own state.
-        projection: how gradients are compressed, e.g. `trak.Sparse(dim=4096, seed=0)`; None for the default for this model's size.
+        projection: how gradients are compressed, e.g. `trak.Sparse(dim=4096, seed=0)`, or `trak.Eigenbasis(dim=4096)`, which is fitted to some of
+            the training set first and predicts retraining better; None for the default for this model's size.
         damping: λ ≥ 0 as a number in units of squared gradient norm, `trak.RelativeDamping(ratio)` of the mean eigenvalue, or "auto".
         preconditioner: "whole" for the paper's K × K Gram matrix, "per_layer" for one block for each layer.
         gram: "logistic" for the Gram matrix ΦᵀR^γΦ with R = q (1 − q), the default for losses of a probability, or "uniform" for the paper's ΦᵀΦ.

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,44 +12,22 @@ from torch import Tensor, nn
 
 import trak
 from trak.integrations.trajectory import read_trajectory
+from trak.testing import hugging_face
 from trak.testing.gradients import collect
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-SMALL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-def bert():
-    config = transformers.BertConfig(
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-        **SMALL,
+# As a user has them: attention of the library's own choice.
+bert, gpt2, t5 = (
+    partial(make, vocabulary=40, attention=None, **options)
+    for make, options in (
+        (hugging_face.bert, {"layers": 2}),
+        (hugging_face.gpt2, {"layers": 2, "use_cache": False}),
+        (hugging_face.t5, {"use_cache": False}),
     )
-    return transformers.BertForSequenceClassification(config)
-
-
-def gpt2():
-    config = transformers.GPT2Config(n_embd=8, n_layer=2, n_head=2, n_positions=16, use_cache=False, **SMALL)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def t5():
-    config = transformers.T5Config(
-        d_model=8,
-        d_ff=12,
-        d_kv=4,
-        num_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-        use_cache=False,
-        **SMALL,
-    )
-    return transformers.T5ForConditionalGeneration(config)
+)
 
 
 def batch_for(task, size=6):

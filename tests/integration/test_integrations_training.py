@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import trak
 from trak.integrations.trajectory import TrajectoryWriter, read_trajectory
+from trak.testing import hugging_face
 
 transformers = pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
-SMALL = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NUM_ROWS = 12
 
 
@@ -40,35 +41,15 @@ def tokenizer():
     )
 
 
-def bert():
-    config = transformers.BertConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-        **SMALL,
+# As a user has them: attention of the library's own choice.
+bert, gpt2, t5 = (
+    partial(make, vocabulary=40, attention=None, **options)
+    for make, options in (
+        (hugging_face.bert, {}),
+        (hugging_face.gpt2, {"use_cache": False}),
+        (hugging_face.t5, {"use_cache": False}),
     )
-    return transformers.BertForSequenceClassification(config)
-
-
-def gpt2():
-    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=16, use_cache=False, **SMALL)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def t5():
-    config = transformers.T5Config(
-        d_model=8,
-        d_ff=12,
-        d_kv=4,
-        num_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-        use_cache=False,
-        **SMALL,
-    )
-    return transformers.T5ForConditionalGeneration(config)
+)
 
 
 def texts(*, equal=False, labels=True, size=NUM_ROWS, seed=0):
@@ -358,16 +339,8 @@ def test_each_kind_of_model_from_a_trainer(tmp_path, tokenizer, name):
 def test_collators_that_draw_at_random_are_refused(tmp_path, tokenizer):
     from trak.integrations.transformers import trainer_rows
 
-    config = transformers.BertConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=16,
-        **SMALL,
-    )
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.4)
-    trainer = make_trainer(tmp_path, transformers.BertForMaskedLM(config), texts(labels=False), collator)
+    trainer = make_trainer(tmp_path, hugging_face.masked_bert(vocabulary=40), texts(labels=False), collator)
     with pytest.raises(trak.InputError, match=r"different batches each time.*dataset\.map"):
         trainer_rows(trainer)
     with pytest.raises(trak.InputError, match="needs a dataset with a length"):

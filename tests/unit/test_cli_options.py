@@ -26,6 +26,13 @@ GOOD = "model = train_set = targets = 1\ntask = 'regression'\n"
         ("sparse:64,per_layer,seed=2", trak.Sparse(dim=64, per_layer=True, seed=2)),
         ("sparse:64,per_layer=0", trak.Sparse(dim=64)),
         ("identity", trak.Identity()),
+        ("eigenbasis:512", trak.Eigenbasis(512)),
+        (
+            "eigenbasis:512,whitening=none,factors=kfac,sample=none,largest_side=64",
+            trak.Eigenbasis(512, whitening=None, factors="kfac", sample=None, largest_side=64),
+        ),
+        ("whitened:identity", trak.Whitened(trak.Identity())),
+        ("whitened:sparse:64,whitening=0.5,seed=3", trak.Whitened(trak.Sparse(64, seed=3), whitening=0.5)),
     ],
 )
 def test_projections(words, expected):
@@ -43,10 +50,16 @@ def test_projections(words, expected):
         ("sparse:64,3", "got '3'"),
         ("sparse:64,cache_bytes=3", "takes dim, "),
         ("identity:4", "got '4'"),
+        ("eigenbasis", "needs its dimension, such as eigenbasis:4096"),
+        ("eigenbasis:4,whitening=much", "takes a number for whitening; got 'much'"),
+        ("eigenbasis:4,inner=3", "takes dim, "),
+        ("eigenbasis:4,factors=shampoo", "shampoo"),
+        ("whitened", "needs another projection, such as whitened:sparse:4096"),
+        ("whitened:fast:4", "kind of gaussian"),
     ],
 )
 def test_wrong_projections(words, match):
-    with pytest.raises(InputError, match=match):
+    with pytest.raises(trak.TrakError, match=match):
         parse_projection(words)
 
 

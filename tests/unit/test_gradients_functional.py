@@ -1,5 +1,11 @@
 """vmap of grad: what it says where it cannot, and how much it takes at a time."""
 
+import copy
+import gc
+import pickle
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -84,3 +90,34 @@ def test_measured_activations():
 def test_nothing_at_a_time_is_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
         Functional(**options)
+
+
+def test_examples_are_measured_once_for_every_shape():
+    model, source, task = TiedLanguageModel().double(), Functional(), Counting()
+    state = model_state(model, None, "cpu")
+    names = [name for name, _ in model.named_parameters()]
+
+    def passes(task, length, examples=4):
+        before = len(task.passes)
+        batch = (torch.randint(11, (examples, length)),)
+        source.compute(model, state, task, batch, names, lambda block: None)
+        return len(task.passes) - before
+
+    # The first of a shape measures one example, and takes all of them then.
+    assert [passes(task, length) for length in (6, 6, 5, 6, 5)] == [2, 1, 2, 1, 1]
+    assert passes(task, 6, examples=7) == 1
+    assert passes(Counting(), 6) == 2  # another task may keep more
+    assert passes(task, 6) == 2  # only the last one is kept
+
+
+def test_what_was_measured_keeps_nothing_alive():
+    model, source = nn.Linear(3, 2).double(), Functional()
+    collect(source, model, (torch.randn(4, 3, dtype=torch.float64),))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    for copied in (pickle.loads(pickle.dumps(source)), copy.deepcopy(source), replace(source)):
+        assert copied == source and hash(copied) == hash(source)
+        assert repr(copied) == "Functional(chunk_size=None, memory_budget=1073741824)"
+        collect(copied, nn.Linear(3, 2), (torch.randn(4, 3),))

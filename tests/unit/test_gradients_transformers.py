@@ -5,12 +5,12 @@ import torch
 
 from trak.errors import GradientError
 from trak.gradients import Auto, Functional, Hooked, Reference, check_first_batch, model_state
+from trak.testing import hugging_face
 from trak.testing.gradients import collect
+from trak.testing.hugging_face import LAYERS, TOKENS, clip
 from trak.testing.models import Readout
 
 transformers = pytest.importorskip("transformers")
-
-SMALL = {"vocab_size": 19, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,44 +22,15 @@ def _one_thread():
 
 
 def bert():
-    config = transformers.BertConfig(
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=10,
-        attn_implementation="eager",
-        **SMALL,
-    )
-    return transformers.BertForSequenceClassification(config)
+    return hugging_face.bert(layers=2)
 
 
 def gpt2():
-    config = transformers.GPT2Config(
-        n_embd=8, n_layer=2, n_head=2, n_positions=10, attn_implementation="eager", use_cache=False, **SMALL
-    )
-    return transformers.GPT2LMHeadModel(config)
+    return hugging_face.gpt2(layers=2, use_cache=False)
 
 
 def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=10,
-        attn_implementation="eager",
-        use_cache=False,
-        **SMALL,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def t5():
-    config = transformers.T5Config(
-        d_model=8, d_ff=12, d_kv=4, num_layers=1, num_heads=2, attn_implementation="eager", **SMALL
-    )
-    return transformers.T5EncoderModel(config).encoder
+    return hugging_face.llama(use_cache=False)
 
 
 def build(make):
@@ -98,23 +69,11 @@ def test_hooks_are_chosen_and_pass_the_check(make):
     )
 
 
-LAYERS = {"num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 12}
 T5_BIAS = "SelfAttention.relative_attention_bias.weight"
 
 
 def seq2seq(attention):
-    config = transformers.T5Config(
-        d_model=8,
-        d_ff=12,
-        d_kv=4,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        use_cache=False,
-        attn_implementation=attention,
-        **SMALL,
-    )
-    return transformers.T5ForConditionalGeneration(config)
+    return hugging_face.t5(layers=2, attention=attention, use_cache=False)
 
 
 def vit(attention):
@@ -124,30 +83,8 @@ def vit(attention):
     return transformers.ViTForImageClassification(config)
 
 
-def clip(attention):
-    sides = {"num_hidden_layers": 1, **LAYERS}
-    config = transformers.CLIPConfig(
-        text_config={"max_position_embeddings": 10, **sides, **SMALL},
-        vision_config={"image_size": 8, "patch_size": 4, **sides},
-        projection_dim=6,
-        attn_implementation=attention,
-    )
-    return transformers.CLIPModel(config)
-
-
 def mixtral(attention):
-    config = transformers.MixtralConfig(
-        num_hidden_layers=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        max_position_embeddings=10,
-        use_cache=False,
-        experts_implementation="eager",
-        attn_implementation=attention,
-        **LAYERS,
-        **SMALL,
-    )
-    return transformers.MixtralForCausalLM(config)
+    return hugging_face.mixtral(layers=2, attention=attention, use_cache=False)
 
 
 def with_attention(make):
@@ -170,7 +107,7 @@ TABLE = {
         [],
     ),
     "vit": (vit, [], ["vit.embeddings.cls_token", "vit.embeddings.position_embeddings"]),
-    "clip": (clip, ["", "vision_model.embeddings"], []),
+    "clip": (lambda attention: clip(attention=attention), ["", "vision_model.embeddings"], []),
     "mixtral": (
         mixtral,
         [f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("gate", "experts")],
@@ -200,7 +137,7 @@ def test_which_way_each_model_takes(name, attention):
     if name == "vit":
         batch = {"pixel_values": images}
     if name == "clip":
-        batch["input_ids"][:, -1] = SMALL["eos_token_id"]
+        batch["input_ids"][:, -1] = TOKENS["eos_token_id"]
         batch["pixel_values"] = images
     if name == "t5":
         batch["decoder_input_ids"] = torch.randint(3, 19, (3, 5))
@@ -222,7 +159,7 @@ def test_which_way_each_model_takes(name, attention):
 
 def test_position_tables_without_batch_dimension_have_a_local_pass():
     """T5 looks up a table of relative positions for all examples at once."""
-    model, batch = build(t5)
+    model, batch = build(lambda: hugging_face.t5().encoder)
     del batch["attention_mask"]
 
     class Encoded(Readout):

@@ -67,6 +67,21 @@ def test_kronecker_factors_are_exact_for_linear_regression(factors):
     torch.testing.assert_close(attribution.outputs, exact.outputs)
 
 
+@pytest.mark.parametrize("exponent", [0.5, 0.0, None])
+def test_weights_have_the_exponent_asked_for(exponent):
+    options, train, targets, checkpoints = make("classifier", 1)
+    plain = EKFACInfluence(**options).fit(train, checkpoints).attribute(targets)
+    flat = EKFACInfluence(**options, weight_exponent=exponent).fit(train, checkpoints).attribute(targets)
+    power = 0.5 if exponent is None else exponent
+    weights_N = plain.weights**power
+    torch.testing.assert_close(flat.weights, weights_N)
+    expected_NT = plain.scores.tensor() / plain.weights.unsqueeze(1) * weights_N.unsqueeze(1)
+    torch.testing.assert_close(flat.scores.tensor(), expected_NT)
+    assert flat.info["weight_exponent"] == power
+    with pytest.raises(trak.InputError, match="weight_exponent must be a number"):
+        EKFACInfluence(**options, weight_exponent=-1).fit(train, checkpoints)
+
+
 def test_more_samples_come_nearer_to_the_exact_fisher():
     options, train, targets, checkpoints = make("classifier", 1)
     settings = {"damping": trak.FixedDamping(LAMBDA)}

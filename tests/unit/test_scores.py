@@ -120,7 +120,7 @@ def test_integers_are_ranked_too():
 
 def test_features_are_read_ahead_in_pieces_and_in_order(monkeypatch):
     scores = kernel(n=50, k=6, members=2)
-    monkeypatch.setattr("trak.scores.PIECE_BYTES", 4 * 6 * 8)
+    monkeypatch.setattr("trak.products.PIECE_BYTES", 4 * 6 * 8)
     asked = []
     plain = Features.read
     monkeypatch.setattr(

@@ -9,6 +9,7 @@ from torch import nn
 import trak
 from trak.gradients import Functional, Hooked, Reference
 from trak.tasks import resolve_task
+from trak.testing import hugging_face
 from trak.testing.gradients import collect
 
 
@@ -246,17 +247,9 @@ def test_other_negatives_are_refused_in_one_store(tmp_path):
 
 
 def clip():
-    transformers = pytest.importorskip("transformers")
-    tower = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
-    config = transformers.CLIPConfig(
-        text_config={**tower, **ids, "vocab_size": 30, "max_position_embeddings": 8},
-        vision_config={**tower, "image_size": 8, "patch_size": 4},
-        projection_dim=6,
-        attn_implementation="eager",
-    )
+    pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.CLIPModel(config).double().eval()
+    model = hugging_face.clip(vocabulary=30).double().eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model

@@ -9,10 +9,9 @@ import trak
 from trak.gradients import Auto, Functional, Hooked, Reference, check_first_batch, model_state
 from trak.tasks import resolve_task
 from trak.testing.gradients import collect
+from trak.testing.hugging_face import gpt2, llama, masked_bert, t5
 
 transformers = pytest.importorskip("transformers")
-
-SMALL = {"vocab_size": 19, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -21,53 +20,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def gpt2():
-    config = transformers.GPT2Config(
-        n_embd=8, n_layer=1, n_head=2, n_positions=12, attn_implementation="eager", **SMALL
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def llama():
-    config = transformers.LlamaConfig(
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=12,
-        attn_implementation="eager",
-        **SMALL,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def t5():
-    config = transformers.T5Config(
-        d_model=8,
-        d_ff=12,
-        d_kv=4,
-        num_layers=1,
-        num_heads=2,
-        decoder_start_token_id=0,
-        attn_implementation="eager",
-        **SMALL,
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def bert():
-    config = transformers.BertConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=12,
-        attn_implementation="eager",
-        **SMALL,
-    )
-    return transformers.BertForMaskedLM(config)
 
 
 def build(make, seed=0):
@@ -83,14 +35,14 @@ def build(make, seed=0):
     if make is t5:
         labels = torch.randint(3, 19, (3, 4))
         labels[1, 3:] = -100
-    elif make is bert:
+    elif make is masked_bert:
         labels = labels.masked_fill(torch.tensor([[0, 1, 0, 1, 0, 1]] * 3) == 0, -100)
     else:
         labels[2, :3] = -100
     return model, {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
 
 
-TASKS = {gpt2: trak.CausalLM, llama: trak.CausalLM, t5: trak.Seq2SeqLM, bert: trak.MaskedLM}
+TASKS = {gpt2: trak.CausalLM, llama: trak.CausalLM, t5: trak.Seq2SeqLM, masked_bert: trak.MaskedLM}
 # No layer of a known kind: a table looked up for all examples at once, and a bias of the model's own.
 UNRULED = {
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
@@ -172,7 +124,7 @@ def test_sources_agree(make, training):
     task = TASKS[make]()
     task = task.for_training() if training else task
     outputs, wanted = collect(Reference(), model, batch, task=task)
-    if make in (bert, t5):  # they look whether the mask hides anything, which vmap cannot take
+    if make in (masked_bert, t5):  # they look whether the mask hides anything, which vmap cannot take
         with pytest.raises(trak.GradientError, match=r"attn_implementation='eager'.*Reference"):
             collect(Functional(), model, batch, task=task)
     else:
@@ -305,7 +257,7 @@ def test_one_weight_per_sequence_is_the_mean():
     torch.testing.assert_close(f, trak.CausalLM().output(model, batch))
 
 
-@pytest.mark.parametrize("make", [gpt2, t5, bert], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [gpt2, t5, masked_bert], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("kind", ["mapping", "list", "lists"])
 def test_token_rows(make, kind):
     """One row per target token; rows of a document add up to it."""

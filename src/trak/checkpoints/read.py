@@ -113,7 +113,8 @@ def checkpoint_hash(state: Mapping[str, Tensor]) -> str:
         tensor = state[name].detach()
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise CheckpointError(
-                f"{name!r} is no dense tensor with values ({tensor.layout}, {tensor.dtype}): it has no hash."
+                f"{name!r} is no dense tensor with values ({tensor.layout}, {tensor.dtype}): it has no hash. "
+                "Checkpoints are dense tensors; leave out what is not a parameter, or make it dense with to_dense()."
             )
         head = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
         digest.update(f"{len(head)}:{head}".encode())
@@ -205,7 +206,9 @@ def _load_safetensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         with safe_open(path, framework="pt", device=str(device)) as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}.") from error
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file: {error}. Save or download it again."
+        ) from error
     return _tensors(state, str(path))
 
 
@@ -223,7 +226,9 @@ def _load_pickle(path: Path, trust_pickle: bool, device: torch.device) -> dict[s
                 "If you trust whoever made the file, pass trust_pickle=True; else save its state_dict() "
                 "again."
             ) from error
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {type(error).__name__}: {error}. It may be truncated: save or download it again."
+        ) from error
     if isinstance(loaded, nn.Module):
         loaded = loaded.state_dict()
     return _tensors(loaded, str(path))
@@ -260,7 +265,9 @@ def _load_index(path: Path, trust_pickle: bool, device: torch.device) -> dict[st
         ) from error
     outside = sorted({file for file in files.values() if Path(file).name != file or "\\" in file})
     if outside:
-        raise CheckpointError(f"{path} names files outside its folder: {_list(outside)}. It is not loaded.")
+        raise CheckpointError(
+            f"{path} names files outside its folder: {_list(outside)}. It is not loaded: put the files beside it, and their plain names into it."
+        )
     absent = sorted({file for file in files.values() if not (path.parent / file).is_file()})
     if absent:
         raise CheckpointError(

@@ -6,19 +6,19 @@ OUT/models-FINGERPRINT/subset-000-model-0.safetensors trained on an evaluation s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from trak.demo.data import DemoData
 from trak.demo.recipe import State, margins, train_many
 from trak.demo.settings import Settings
 from trak.evaluation import random_subsets
+from trak.files import write_whole
 from trak.progress import bar
 
 
@@ -96,7 +96,5 @@ def _train_missing(
     with bar(len(files), "Training ConvNets", unit="models", enabled=progress, initial=done) as shown:
         trained = train_many(data.images, data.labels, masks[missing], seeds, recipe=settings.recipe)
         for index, state in zip(missing, trained):
-            temporary = files[index].with_suffix(f".{os.getpid()}.part")
-            save_file(state, temporary)
-            os.replace(temporary, files[index])
+            write_whole(files[index], save(state))
             shown.update(1)

@@ -8,13 +8,13 @@ number of threads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trak.evaluation.retrain.run import one_thread_each
 
 State = dict[str, Tensor]
 
@@ -119,20 +119,6 @@ def logits_of(state: State, images: Tensor, *, recipe: Recipe) -> Tensor:
     return torch.cat([model(part) for part in images.split(500)])
 
 
-@contextmanager
-def one_thread_each(num_models: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of as many threads as torch may use, in each of which torch itself uses one."""
-    num_threads = torch.get_num_threads()
-    workers = max(1, min(num_threads, num_models))
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        # The calling thread kept its own setting; this is for threads that are started later.
-        torch.set_num_threads(num_threads)
-
-
 def train_many(
     images: Tensor, labels: Tensor, masks: Tensor, seeds: Sequence[int], *, recipe: Recipe
 ) -> Iterator[State]:
@@ -153,5 +139,5 @@ def train_many(
         rows = masks[index].nonzero()[:, 0]
         return train(images, labels, rows, recipe=recipe, seed=seeds[index])
 
-    with one_thread_each(len(seeds)) as pool:
+    with one_thread_each(max(1, min(torch.get_num_threads(), len(seeds)))) as pool:
         yield from pool.map(train_one, range(len(seeds)))

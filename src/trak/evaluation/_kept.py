@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trak.errors import CorruptShardError, FingerprintError
 from trak.evaluation._values import Floats
-from trak.evaluation.retrain.files import make_folder, read_tensors, write_tensors
+from trak.evaluation.retrain.files import differences, make_folder, read_settings, read_tensors, write_tensors
 from trak.files import write_whole
 
 SETTINGS_FILE = "retrainings.json"
@@ -55,24 +54,13 @@ class Kept:
         file = self._folder / SETTINGS_FILE
         if not file.is_file():
             write_whole(file, json.dumps(asked, indent=1).encode())
-        stored = _read(file)
-        if stored != asked:
-            lines = [
-                f"  {name}: stored {stored.get(name, '(absent)')!r}, asked for {asked.get(name, '(absent)')!r}"
-                for name in {**asked, **stored}
-                if stored.get(name) != asked.get(name)
-            ]
-            raise FingerprintError(
-                "\n".join(
-                    [
-                        f"The retrained models in {self._folder} were made with other settings than those asked for:",
-                        "",
-                        *lines,
-                        "",
-                        "Give another folder, or the stored settings.",
-                    ]
-                )
+        different = differences(read_settings(file), asked)
+        if different:
+            begun = (
+                f"The retrained models in {self._folder} were made with other settings than those asked for:"
             )
+            advice = "Give another folder, or the stored settings."
+            raise FingerprintError("\n".join([begun, "", *different.values(), "", advice]))
         self._about = json.dumps(asked, sort_keys=True)
 
     def get(self, indices: Tensor, seed: int) -> Floats | None:
@@ -105,13 +93,3 @@ class Kept:
         # 64 bits: among a million models two have the same with probability 3e-8.
         digest = hashlib.sha256(indices.numpy().astype("<i8").tobytes()).hexdigest()[:16]
         return self._folder / f"rows-{digest}-seed-{seed}.safetensors"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptShardError(f"{file} is damaged: {error}. Give another folder.") from error
-    if not isinstance(settings, dict):
-        raise CorruptShardError(f"{file} is damaged: no JSON object. Give another folder.")
-    return settings

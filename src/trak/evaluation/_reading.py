@@ -90,7 +90,7 @@ def check_k(k: Any, num_rows: int) -> int:
     """
     check_count(k, "k", 1)
     if k > num_rows:
-        raise InputError(f"k is {k}, but there are only {num_rows} training rows.")
+        raise InputError(f"k is {k}, but there are only {num_rows} training rows: take a smaller one.")
     return int(k)
 
 
@@ -141,7 +141,10 @@ def as_row_numbers(rows: Any, size: int, name: str, what: str) -> Rows:
             f"{name} must lie in [0, {size}), got numbers from {numbers.min()} to {numbers.max()}."
         )
     if len(np.unique(numbers)) != len(numbers):
-        raise InputError(f"{name} holds a {what} more than once.")
+        values, counts = np.unique(numbers, return_counts=True)
+        raise InputError(
+            f"{name} holds a {what} more than once: {values[counts > 1][0]}, {counts.max()} times. Give each one once."
+        )
     return numbers
 
 

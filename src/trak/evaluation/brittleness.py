@@ -139,11 +139,8 @@ def brittleness(
         threshold: see above.
         num_seeds: R. The search trains with the seeds seed, …, seed + R − 1, verification with the R next.
         seed: first training seed.
-        folder: keep each model's outputs there: a run that was killed, or another one that needs some of the same models, goes on
-            from them, whatever its scores. None keeps nothing. `removal_curve` and `brittleness` may share it if they
-            have the same `train`.
-        version: any word for your `train`, of which only the name can be compared: change it when the function changes, and
-            models of the old version are refused.
+        folder: as in `removal_curve`, which may share it if it has the same `train`.
+        version: as in `removal_curve`.
         progress: True or False to force a progress bar over trainings (their number is not known beforehand);
             None shows one to those who watch.
 

@@ -79,12 +79,11 @@ def calibration_slope(
 
     Args:
         scores: [N, T], in units of the output: an array, a tensor or lazy scores (read in blocks of rows).
-        masks: [S, N] bool, the rows that each retrained model saw.
-        outputs: [S, T], the model output f of each target after training on each subset; or [S, R, T] for R
-            models per subset, which are averaged first.
-        num_bootstrap: resamples for the interval.
-        seed: of the bootstrap; the same seed gives the same interval.
-        confidence: level of the interval.
+        masks: as in `lds`.
+        outputs: as in `lds`.
+        num_bootstrap: as in `lds`.
+        seed: as in `lds`.
+        confidence: as in `lds`.
 
     Returns:
         Slopes and the interval of the pooled one.

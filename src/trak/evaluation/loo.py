@@ -14,7 +14,7 @@ from trak.errors import InputError
 from trak.evaluation._reading import as_row_numbers, as_scores, as_tensor_positions
 from trak.evaluation._values import Floats, as_floats, check_axis, check_count
 from trak.evaluation.estimates import Estimate, crossed_counts, crossed_estimate
-from trak.evaluation.ranks import average_ranks, resampled_correlation, spearman
+from trak.evaluation.ranks import as_observations, average_ranks, resampled_correlation, spearman
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,13 +134,7 @@ def pearson(first: Any, second: Any) -> Floats:
         InputError: shapes that are not two-dimensional or disagree, or fewer than two observations.
         NonFiniteError: NaN or infinity.
     """
-    first_ST = as_floats(first, "first", ("S", "T"))
-    second_ST = as_floats(second, "second", ("S", "T"))
-    check_axis(second_ST.shape[0], first_ST.shape[0], what="second", axis="S", other="first")
-    check_axis(second_ST.shape[1], first_ST.shape[1], what="second", axis="T", other="first")
-    if len(first_ST) < 2:
-        raise InputError(f"A correlation needs at least 2 observations (axis S), got {len(first_ST)}.")
-    first_ST, second_ST = _standardized(first_ST), _standardized(second_ST)
+    first_ST, second_ST = (_standardized(values_ST) for values_ST in as_observations(first, second))
     return np.clip((first_ST * second_ST).sum(axis=0), -1.0, 1.0)
 
 

@@ -57,13 +57,24 @@ def spearman(first: Any, second: Any) -> Floats:
         InputError: shapes that are not two-dimensional or disagree, or fewer than two observations.
         NonFiniteError: NaN or infinity.
     """
+    first_ST, second_ST = as_observations(first, second)
+    return _correlation(average_ranks(first_ST), average_ranks(second_ST))
+
+
+def as_observations(first: Any, second: Any) -> tuple[Floats, Floats]:
+    """Both as float64 [S, T], for a correlation of each pair of columns.
+
+    Raises:
+        InputError: shapes that are not two-dimensional or disagree, or fewer than two observations.
+        NonFiniteError: NaN or infinity.
+    """
     first_ST = as_floats(first, "first", ("S", "T"))
     second_ST = as_floats(second, "second", ("S", "T"))
     check_axis(second_ST.shape[0], first_ST.shape[0], what="second", axis="S", other="first")
     check_axis(second_ST.shape[1], first_ST.shape[1], what="second", axis="T", other="first")
     if len(first_ST) < 2:
-        raise InputError(f"A rank correlation needs at least 2 observations (axis S), got {len(first_ST)}.")
-    return _correlation(average_ranks(first_ST), average_ranks(second_ST))
+        raise InputError(f"A correlation needs at least 2 observations (axis S), got {len(first_ST)}.")
+    return first_ST, second_ST
 
 
 def resampled_correlation(first_ST: Floats, second_ST: Floats, counts_BS: NDArray[np.int64]) -> Floats:

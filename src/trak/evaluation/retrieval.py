@@ -213,7 +213,9 @@ def _one_set(rows: Any, target: int, num_rows: int) -> Rows:
 def _count_empty(rows: list[Rows], allow_empty: bool) -> int:
     empty = [target for target, rows_m in enumerate(rows) if len(rows_m) == 0]
     if len(empty) == len(rows):
-        raise InputError(f"None of the {len(rows)} targets has relevant rows: nothing can be retrieved.")
+        raise InputError(
+            f"None of the {len(rows)} targets has relevant rows: nothing can be retrieved. Pass T sets of row numbers, or a boolean array [N, T]."
+        )
     if empty and not allow_empty:
         raise InputError(
             f"{len(empty)} of {len(rows)} targets have no relevant rows, the first is target {empty[0]}. Drop "

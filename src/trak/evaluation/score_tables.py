@@ -84,7 +84,7 @@ def _read(path: Path) -> Any:
     except ImportError as error:
         raise MissingDependencyError(f"reading {path} needs pyarrow: pip install pyarrow") from error
     except (OSError, ValueError) as error:
-        raise StoreError(f"{path} is not readable: {error}.") from error
+        raise StoreError(f"{path} is not readable: {error}. It may be truncated; write it again.") from error
 
 
 def _row_numbers(column: Any, size: int | None, path: Path) -> NDArray[np.int64]:

@@ -32,7 +32,7 @@ from trak.methods.tracin import TracIn
 from trak.methods.trak import TRAK
 from trak.methods.weights import resolve_curvature, resolve_exponent
 from trak.precondition import RelativeDamping, resolve_damping
-from trak.projection import Identity, Kronecker, Projection, Sparse
+from trak.projection import Eigenbasis, Identity, Kronecker, Projection, Sparse
 from trak.tasks import resolve_task
 
 _REPRESENTATION_OPTIONS = ("device", "dtype", "batch_size", "trust_pickle", "progress")
@@ -67,7 +67,7 @@ def choose_contenders(contenders: Sequence[Contender], patterns: Sequence[str]) 
 
 
 def _trak(problem: Problem) -> list[Contender]:
-    def one(name: str, label: str, wanted: Sparse | Kronecker, **settings: Any) -> Contender:
+    def one(name: str, label: str, wanted: Sparse | Kronecker | Eigenbasis, **settings: Any) -> Contender:
         projection = _fitting(wanted, problem)
 
         def make(trial: Trial) -> TRAK:
@@ -97,6 +97,7 @@ def _trak(problem: Problem) -> list[Contender]:
     return [
         one("trak", "TRAK", Sparse(4096)),
         one("trak-1024", "TRAK", Sparse(1024)),
+        one("trak-eigenbasis", "TRAK in the EK-FAC eigenbasis", Eigenbasis(4096)),
         one("trak-per-layer", "TRAK per layer", Kronecker(4096), preconditioner="per_layer"),
         # The paper has λ = 0. A millionth of the mean eigenvalue is that, but for Gram matrices without full rank.
         one(
@@ -110,11 +111,13 @@ def _trak(problem: Problem) -> list[Contender]:
     ]
 
 
-def _fitting(projection: Sparse | Kronecker, problem: Problem) -> Projection:
+def _fitting(projection: Sparse | Kronecker | Eigenbasis, problem: Problem) -> Projection:
     """The projection; one that keeps every gradient entry for models with no more parameters than it has columns."""
     count = _num_parameters(problem)
     if count > projection.dim:
         return projection
+    if isinstance(projection, Eigenbasis):
+        return Eigenbasis(count)
     return Sparse(count, per_layer=True) if isinstance(projection, Kronecker) else Identity()
 
 

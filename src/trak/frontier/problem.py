@@ -49,7 +49,10 @@ def check_problem(problem: Problem, bank: Bank) -> Problem:
     if refused:
         raise InputError(f"{', '.join(sorted(refused))} are the contenders' own settings; leave them out")
     if any(len(run) != len(problem.runs[0]) for run in problem.runs):
-        raise InputError("every run needs the same number of checkpoints")
+        counts = ", ".join(str(len(run)) for run in problem.runs)
+        raise InputError(
+            f"every run needs the same number of checkpoints; got {counts}: leave out what only some of them have"
+        )
     return problem
 
 

@@ -1,14 +1,10 @@
-"""Every contender at every budget: quality by a bank of retrained models, compute by clocks.
-
-Legend: N training rows, T targets, S subsets, M models of a budget.
-"""
+"""Every contender at every budget: quality by a bank of retrained models, compute by clocks."""
 
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,63 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trak._version import __version__
 from trak.datasets import as_rows
 from trak.errors import InputError, TrakError
-from trak.evaluation import Bank, LdsResult, lds, noise_ceiling, predictions
-from trak.frontier.clock import (
-    OverTimeError,
-    Stopwatch,
-    Training,
-    default_clock,
-    machine_facts,
-    time_limit,
-)
+from trak.evaluation import Bank, noise_ceiling
+from trak.frontier.clock import Training, default_clock, machine_facts
+from trak.frontier.facts import Facts
 from trak.frontier.features import Features
-from trak.frontier.kept import Floats, Kept, Measured
-from trak.frontier.problem import (
-    bank_digest,
-    check_problem,
-    checkpoint_digests,
-    first_targets,
-    problem_digest,
-    split_bank,
-)
-from trak.frontier.values import CLOCKS, Contender, Frontier, FrontierPoint, Problem, Seconds, Trial
+from trak.frontier.kept import Kept, Measured
+from trak.frontier.measure import judge, measure, one_line
+from trak.frontier.plan import Plan, budgets, make_plan
+from trak.frontier.problem import bank_digest
+from trak.frontier.values import CLOCKS, Contender, Frontier, FrontierPoint, Problem
 from trak.logs import logger
 from trak.progress import bar
-
-NO_TIME = Seconds(wall=0.0, processor=0.0)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Plan:
-    """Arguments of a run, checked, and what follows from them."""
-
-    problem: Problem
-    bank: Bank
-    training: Training
-    checkpoints: tuple[int, ...]
-    num_targets: int
-    slow_targets: int
-    estimation: Tensor
-    judging: Tensor
-    num_bootstrap: int
-    seed: int
-    limit: float | None
-    features: Features
-
-    def targets_of(self, contender: Contender) -> int:
-        """T of a contender."""
-        return self.slow_targets if contender.is_slow else self.num_targets
-
-    def judges_of(self, contender: Contender) -> Tensor:
-        """Positions of the subsets that may judge a contender."""
-        return self.judging if contender.reads == "bank" else torch.arange(len(self.bank.masks))
-
-    def models_of(self, contender: Contender, budget: int) -> int:
-        """Models that have to be trained."""
-        return budget if contender.reads in ("checkpoints", "runs", "bank") else 0
 
 
 def run_frontier(
@@ -140,7 +92,7 @@ def run_frontier(
     if clock not in CLOCKS:
         raise InputError(f"clock must be one of {', '.join(CLOCKS)}; got {clock!r}")
     place = Path(folder)
-    plan = _plan(
+    plan = make_plan(
         problem,
         bank,
         features=Features(place / "features"),
@@ -157,7 +109,7 @@ def run_frontier(
     names = [contender.name for contender in contenders]
     if len(set(names)) < len(names):
         raise InputError(f"contenders need different names; got {', '.join(sorted(names))}")
-    kept, facts = Kept(place), _Facts(plan)
+    kept, facts = Kept(place), Facts(plan)
     found: dict[tuple[str, int], Measured] = {}
     with bar(len(work), "Frontier", unit="points", enabled=progress) as shown:
         for contender, budget in sorted(work, key=lambda pair: pair[0].is_slow):
@@ -166,7 +118,7 @@ def run_frontier(
             if measured is None and only_kept:
                 continue
             if measured is None:
-                measured, over = _measure(plan, contender, budget)
+                measured, over = measure(plan, contender, budget)
                 kept.put(known, measured, limit=limit if over else None)
             # Training may have been measured again, or given: no reason to attribute again.
             models = plan.models_of(contender, budget)
@@ -179,7 +131,9 @@ def run_frontier(
         found[contender.name, budget] for contender, budget in work if (contender.name, budget) in found
     ]
     if not ordered:
-        raise InputError(f"no point of these methods with these settings is kept in {place}")
+        raise InputError(
+            f"no point of these methods with these settings is kept in {place}: measure them, without only_kept"
+        )
     return Frontier(
         points=tuple(_with_common(plan, ordered)),
         bank=_about_bank(plan, ordered),
@@ -189,175 +143,7 @@ def run_frontier(
     )
 
 
-def _plan(
-    problem: Problem,
-    bank: Bank,
-    *,
-    checkpoints: Sequence[int],
-    num_targets: int | None,
-    slow_targets: int | None,
-    estimation_share: float,
-    seed: int,
-    **given: Any,
-) -> _Plan:
-    """The arguments of `run_frontier`, checked.
-
-    Raises:
-        InputError: see there.
-    """
-    problem, there = check_problem(problem, bank), bank.outputs.shape[2]
-    for name, count in (("num_targets", num_targets), ("slow_targets", slow_targets)):
-        if count is not None and (not isinstance(count, int) or not 1 <= count <= there):
-            raise InputError(f"{name} must be a whole number from 1 to the bank's {there}; got {count!r}")
-    if not checkpoints or any(not isinstance(size, int) or size < 1 for size in checkpoints):
-        raise InputError(f"checkpoints must be whole numbers ≥ 1; got {list(checkpoints)!r}")
-    estimation, judging = split_bank(bank, share=estimation_share, seed=seed)
-    num_targets = num_targets or there
-    return _Plan(
-        problem=first_targets(problem, num_targets),
-        bank=bank.subset(targets=slice(0, num_targets)),
-        checkpoints=tuple(sorted(set(checkpoints))),
-        num_targets=num_targets,
-        slow_targets=min(slow_targets or there, num_targets),
-        estimation=estimation,
-        judging=judging,
-        seed=seed,
-        **given,
-    )
-
-
-def budgets(plan: _Plan, contender: Contender) -> list[int]:
-    """The budgets at which a contender stands; at least one, so that it is never missing.
-
-    Of the bank's models: all of the part to estimate from, and half of it if every training row is then in some of the subsets and
-    not in others.
-    """
-    if contender.reads in ("data", "texts"):
-        return [0]
-    most = contender.max_models
-    if contender.reads == "bank":
-        repeats, part = plan.bank.outputs.shape[1], plan.estimation
-        seen_N = plan.bank.masks[part[: len(part) // 2]].sum(dim=0)
-        varied = len(part) > 1 and bool(((seen_N > 0) & (seen_N < len(part) // 2)).all())
-        sizes = [len(part) // 2 * repeats, len(part) * repeats] if varied else [len(part) * repeats]
-    else:
-        problem = plan.problem
-        there = len(problem.runs) if contender.reads == "runs" else len(problem.checkpoints)
-        sizes = [size for size in plan.checkpoints if size <= there] or [there]
-        if contender.reads == "runs":
-            sizes = sorted({*sizes, there})
-    return [size for size in sizes if most is None or size <= most] or [most or sizes[0]]
-
-
-class _Facts:
-    """What decides a point, as JSON values; hashes of content are computed once."""
-
-    def __init__(self, plan: _Plan) -> None:
-        trusted = bool(plan.problem.options.get("trust_pickle", False))
-        self._plan = plan
-        self._bank = bank_digest(plan.bank)
-        self._problems: dict[int, str] = {}
-        self._checkpoints = checkpoint_digests(plan.problem.checkpoints, trust_pickle=trusted)
-        self._runs = [checkpoint_digests(run, trust_pickle=trusted) for run in plan.problem.runs]
-
-    def of(self, contender: Contender, budget: int) -> dict[str, Any]:
-        """The facts of one point."""
-        plan, count = self._plan, self._plan.targets_of(contender)
-        if count not in self._problems:
-            self._problems[count] = problem_digest(first_targets(plan.problem, count))
-        read: list[Any] = []
-        if contender.reads == "checkpoints":
-            read = self._checkpoints[:budget]
-        elif contender.reads == "runs":
-            read = self._runs[:budget]
-        elif contender.reads == "bank":
-            read = plan.estimation.tolist()
-        return {
-            "method": contender.name,
-            "settings": dict(contender.settings),
-            "budget": budget,
-            "read": read,
-            "problem": self._problems[count],
-            "bank": self._bank,
-            "judges": plan.judges_of(contender).tolist(),
-            "bootstrap": [plan.num_bootstrap, plan.seed],
-            "threads": torch.get_num_threads(),
-            "version": __version__,
-        }
-
-
-def _measure(plan: _Plan, contender: Contender, budget: int) -> tuple[Measured, bool]:
-    """One point, and whether it ran into the time limit."""
-    judges = plan.judges_of(contender)
-    judged = plan.bank.subset(subsets=judges, targets=slice(0, plan.targets_of(contender)))
-    seconds, error, is_over, predicted_ST = NO_TIME, None, False, None
-    watch = Stopwatch()
-    try:
-        with time_limit(plan.limit):
-            predicted_ST, seconds = _predict(plan, contender, budget, judged)
-        result = _lds(plan, predicted_ST, judged)
-    except OverTimeError:
-        error, is_over, seconds = f"not done after {plan.limit:g} s", True, watch.read()
-    except Exception as caught:  # whatever it is, it must not take the other methods' rows with it
-        error, seconds = _words(caught), watch.read()
-        logger.warning("frontier: %s with budget %d failed: %s", contender.name, budget, error)
-    point = FrontierPoint(
-        method=contender.name,
-        label=contender.label,
-        family=contender.family,
-        reads=contender.reads,
-        budget=budget,
-        num_models=plan.models_of(contender, budget),
-        settings=contender.settings,
-        lds=None if error else result.mean,
-        low=None if error else result.low,
-        high=None if error else result.high,
-        num_subsets=len(judges),
-        num_targets=judged.outputs.shape[2],
-        train_seconds=NO_TIME,
-        attribute_seconds=seconds,
-        error=error,
-        note=contender.note,
-    )
-    return Measured(point, None if error else predicted_ST, judges.numpy()), is_over
-
-
-def _predict(plan: _Plan, contender: Contender, budget: int, judged: Bank) -> tuple[Floats, Seconds]:
-    """Σ_{i∈S} τ_i for the subsets that judge, [S, T], and the seconds from models to there."""
-    problem = first_targets(plan.problem, judged.outputs.shape[2])
-    train_set, targets, checkpoints = problem.train_set, problem.targets, None
-    estimation = None
-    if contender.reads == "texts":
-        if problem.train_texts is None:
-            raise InputError(f"{contender.name} reads texts: give train_texts and target_texts")
-        train_set, targets = problem.train_texts, problem.target_texts
-    elif contender.reads == "checkpoints":
-        checkpoints = list(problem.checkpoints[:budget])
-    elif contender.reads == "runs":
-        checkpoints = [checkpoint for run in problem.runs[:budget] for checkpoint in run]
-    elif contender.reads == "bank":
-        subsets = plan.estimation[: budget // plan.bank.outputs.shape[1]]
-        estimation = plan.bank.subset(subsets=subsets, targets=slice(0, judged.outputs.shape[2]))
-    folder, charged = None, NO_TIME
-    if contender.projection is not None:
-        assert checkpoints is not None
-        folder, charged = plan.features.ensure(problem, contender.projection, checkpoints)
-        plan.features.forget_derived(folder)
-    trial = Trial(problem=problem, estimation=estimation, num_models=budget, features=folder)
-    watch = Stopwatch()
-    attribution = contender.make(trial).fit(train_set, checkpoints).attribute(targets)
-    predicted_ST = predictions(attribution.scores, judged.masks)
-    return predicted_ST, watch.read() + charged
-
-
-def _lds(plan: _Plan, predicted_ST: Floats, judged: Bank) -> LdsResult:
-    """The LDS of predictions that are there already."""
-    # "Subset s holds row s only" of S rows whose scores are the predictions: their sum is the prediction.
-    own = np.eye(len(predicted_ST), dtype=bool)
-    return lds(predicted_ST, own, judged.outputs, num_bootstrap=plan.num_bootstrap, seed=plan.seed)
-
-
-def _with_common(plan: _Plan, measured: Sequence[Measured]) -> Iterator[FrontierPoint]:
+def _with_common(plan: Plan, measured: Sequence[Measured]) -> Iterator[FrontierPoint]:
     """The points with their LDS over the subsets and targets that judge all of them."""
     subsets, count = _common(measured)
     judged = plan.bank.subset(subsets=subsets, targets=slice(0, count))
@@ -368,9 +154,9 @@ def _with_common(plan: _Plan, measured: Sequence[Measured]) -> Iterator[Frontier
         rows = np.flatnonzero(np.isin(one.subsets, subsets.numpy()))
         num_constant = int((np.ptp(one.predictions, axis=0) == 0).sum())
         try:
-            result = _lds(plan, one.predictions[rows][:, :count], judged)
+            result = judge(plan, one.predictions[rows][:, :count], judged)
         except TrakError as error:  # e.g. none of the common targets varies
-            logger.warning("frontier: %s has no common LDS: %s", one.point.method, _words(error))
+            logger.warning("frontier: %s has no common LDS: %s", one.point.method, one_line(error))
             yield replace(one.point, num_constant=num_constant)
             continue
         yield replace(
@@ -389,7 +175,7 @@ def _common(measured: Sequence[Measured]) -> tuple[Tensor, int]:
     return torch.tensor(sorted(subsets)), min(one.point.num_targets for one in done)
 
 
-def _about_bank(plan: _Plan, measured: Sequence[Measured]) -> dict[str, Any]:
+def _about_bank(plan: Plan, measured: Sequence[Measured]) -> dict[str, Any]:
     num_subsets, num_models, num_targets = plan.bank.outputs.shape
     subsets, count = _common(measured)
     ceiling = None
@@ -406,9 +192,3 @@ def _about_bank(plan: _Plan, measured: Sequence[Measured]) -> dict[str, Any]:
         "common_targets": count,
         "noise_ceiling": ceiling,
     }
-
-
-def _words(error: Exception) -> str:
-    """The message on one line: what was wrong often stands in its later lines."""
-    name = "" if isinstance(error, TrakError) else f"{type(error).__name__}: "
-    return name + textwrap.shorten(str(error) or "no message", 600)

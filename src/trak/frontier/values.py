@@ -269,9 +269,11 @@ class Frontier:
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise StoreError(f"there is no frontier at {path}") from error
+            raise StoreError(
+                f"there is no frontier at {path}: give the file that Frontier.save wrote"
+            ) from error
         except ValueError as error:
-            raise StoreError(f"{path} is no JSON: {error}") from error
+            raise StoreError(f"{path} is no JSON: {error}. Write it again with Frontier.save") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise StoreError(f"{path} is no frontier that this version reads: expected format {FORMAT!r}")
         values["points"] = tuple(point_from_dict(point) for point in values["points"])

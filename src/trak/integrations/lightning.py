@@ -13,9 +13,6 @@ Or attribute the `LightningModule` itself, if its forward is the model's. See `t
 from __future__ import annotations
 
 import importlib
-import os
-from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -23,7 +20,7 @@ from torch import nn
 from trak.errors import MissingDependencyError
 from trak.integrations.trajectory import (
     Trajectory,
-    TrajectoryWriter,
+    TrajectoryCallback,
     learning_rates_of,
     read_trajectory,
 )
@@ -50,37 +47,13 @@ else:
     _Callback = _callback_class()
 
 
-class CheckpointCallback(_Callback):
+class CheckpointCallback(TrajectoryCallback, _Callback):
     """Saves the module's weights along a run, with step, epoch and learning rates, for `read_trajectory`.
 
-    The first process saves; files are whole or not there. A run that is resumed goes on in the same folder.
-
-    Args:
-        folder: where to; one for each run.
-        every: "epoch", or a number of optimiser steps.
-        only: save at these alone: numbers of epochs where every="epoch", else of steps.
-        last: also at the end of training.
-        trainable_only: leave out frozen parameters: adapters of a large model. Read with `read_trajectory(folder, model=model)`.
-        overwrite: delete another run's checkpoints in the folder, instead of an error.
-
-    Raises:
-        InputError: arguments that are none of these.
-        CheckpointError: when training begins: another run's checkpoints are there, or the model is split over processes.
+    Arguments, and what they raise, are those of `trak.integrations.trajectory.TrajectoryCallback`.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        every: int | str = "epoch",
-        only: Collection[int] | None = None,
-        last: bool = True,
-        trainable_only: bool = False,
-        overwrite: bool = False,
-    ) -> None:
-        self.writer = TrajectoryWriter(Path(folder), every, only, last, trainable_only, overwrite)
-        self._rates: list[float] = []
-        self._saved_step = 0
+    _saved_step = 0  # or where training went on from
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Make the folder ready."""

@@ -87,16 +87,10 @@ def read_trajectory(folder: str | os.PathLike[str], *, model: nn.Module | None =
 class TrajectoryWriter:
     """When and how checkpoints are saved; the callbacks tell it what happens.
 
-    Attributes:
-        folder: where to; made if it is not there.
-        every: "epoch", or a number of optimiser steps.
-        only: save at these alone: numbers of epochs where every="epoch", else of steps.
-        last: also at the end of training.
-        trainable_only: leave out parameters that do not require gradients.
-        overwrite: delete another run's checkpoints in the folder.
+    Attributes are the arguments of `TrajectoryCallback`.
 
     Raises:
-        InputError: something else.
+        InputError: arguments that are none of these.
     """
 
     folder: Path
@@ -181,6 +175,40 @@ class TrajectoryWriter:
             raise
         flush_folder(self.folder)
         return path
+
+
+class TrajectoryCallback:
+    """What the trainers' callbacks have in common: arguments, and the writer that they tell what happens.
+
+    The first process saves; files are whole or not there. A run that is resumed goes on in the same folder.
+
+    Args:
+        folder: where to, made if it is not there; one for each run, and another than the trainer's own.
+        every: "epoch", or a number of optimiser steps.
+        only: save at these alone: numbers of epochs where every="epoch", else of steps.
+        last: also at the end of training.
+        trainable_only: leave out frozen parameters: adapters of a large model. Read with `read_trajectory(folder, model=model)`.
+        overwrite: delete another run's checkpoints in the folder, instead of an error.
+
+    Raises:
+        InputError: arguments that are none of these.
+        CheckpointError: when training begins: another run's checkpoints are there, or the model is split over processes.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: int | str = "epoch",
+        only: Collection[int] | None = None,
+        last: bool = True,
+        trainable_only: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.writer = TrajectoryWriter(Path(folder), every, only, last, trainable_only, overwrite)
+        self._rates: list[
+            float
+        ] = []  # of the step before, for each parameter group; empty before the first one
 
 
 def learning_rates_of(optimizer: Any) -> list[float]:

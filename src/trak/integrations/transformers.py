@@ -12,16 +12,14 @@ See `trak.integrations.trajectory` for what is saved.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Sized
-from pathlib import Path
+from collections.abc import Sized
 from typing import Any
 
 from trak.datasets import DatasetRows, content_hash
 from trak.errors import InputError, MissingDependencyError
 from trak.integrations.trajectory import (
     Trajectory,
-    TrajectoryWriter,
+    TrajectoryCallback,
     learning_rates_of,
     read_trajectory,
 )
@@ -37,36 +35,11 @@ except ImportError as _error:
 __all__ = ["CheckpointCallback", "Trajectory", "read_trajectory", "trainer_rows"]
 
 
-class CheckpointCallback(TrainerCallback):
+class CheckpointCallback(TrajectoryCallback, TrainerCallback):
     """Saves the model's weights along a run, with step, epoch and learning rates, for `read_trajectory`.
 
-    The first process saves; files are whole or not there. A run that is resumed goes on in the same folder.
-
-    Args:
-        folder: where to; one for each run, and another than the trainer's own.
-        every: "epoch", or a number of optimiser steps.
-        only: save at these alone: numbers of epochs where every="epoch", else of steps.
-        last: also at the end of training.
-        trainable_only: leave out frozen parameters: adapters of a large model. Read with `read_trajectory(folder, model=model)`.
-        overwrite: delete another run's checkpoints in the folder, instead of an error.
-
-    Raises:
-        InputError: arguments that are none of these.
-        CheckpointError: when training begins: another run's checkpoints are there, or the model is split over processes.
+    Arguments, and what they raise, are those of `trak.integrations.trajectory.TrajectoryCallback`.
     """
-
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        every: int | str = "epoch",
-        only: Collection[int] | None = None,
-        last: bool = True,
-        trainable_only: bool = False,
-        overwrite: bool = False,
-    ) -> None:
-        self.writer = TrajectoryWriter(Path(folder), every, only, last, trainable_only, overwrite)
-        self._rates: list[float] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the folder ready."""

@@ -136,6 +136,36 @@ class StoreContract:
         assert torch.equal(rows.weights(), whole.weights)
 
     @every_dtype
+    def test_stored_parts_decode_to_what_is_read(self, rows: RowSet) -> None:
+        """In order, one for each shard, whether their rows are in shards or not; decoded a few rows at a time."""
+        write(rows, [torch.arange(40), torch.arange(41, NUM_ROWS), torch.tensor([40])], make_values())
+        for start, stop in [(0, 0), (0, 1), (7, 9), (0, 16), (3, 30), (48, 53), (0, 53)]:
+            parts = rows.read_stored(start, stop)
+            assert len(parts) == len({row // SHARD_ROWS for row in range(start, stop)})
+            expected = rows.read(start, stop).features
+            found = [torch.empty(0, DIM, dtype=expected.dtype)]
+            for part in parts:
+                assert part.dtype == expected.dtype
+                for low in range(0, len(part), 3):
+                    high = min(low + 3, len(part))
+                    found.append(part.decode(low, high, torch.empty(high - low, DIM, dtype=part.dtype)))
+                assert not part.is_plain or torch.equal(part.features, torch.cat(found)[-len(part) :])
+            assert torch.equal(torch.cat(found), expected)
+
+    def test_stored_parts_are_refused_where_reading_is(self, rows: RowSet) -> None:
+        """Missing rows, ranges outside, deleted features; rows of unfinished shards are given."""
+        write(rows, [torch.arange(20)], make_values())
+        assert sum(len(part) for part in rows.read_stored(0, 20)) == 20
+        with pytest.raises(MissingRowsError, match="rows 20 to 23 are missing"):
+            rows.read_stored(8, 24)
+        with pytest.raises(InputError, match="got start 8 and stop 54"):
+            rows.read_stored(8, NUM_ROWS + 1)
+        write(rows, [torch.arange(20, NUM_ROWS)], make_values())
+        rows.delete_features()
+        with pytest.raises(MissingRowsError, match="deleted"):
+            rows.read_stored(0, 8)
+
+    @every_dtype
     def test_what_is_read_is_a_copy(self, rows: RowSet) -> None:
         """Changing what was read, or what was added, changes nothing in the store."""
         values = make_values()

@@ -228,7 +228,9 @@ def load_packed_bank(path: str | Path, num_train: int | None = None) -> Bank:
         with np.load(file) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError as error:
-        raise StoreError(f"There is no bank at {file}.") from error
+        raise StoreError(
+            f"There is no bank at {file}: give the .npz file, or the folder of a bank to Bank.load."
+        ) from error
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise StoreError(f"{file} is no readable npz file: {error}. Copy or make it again.") from error
     absent = {"masks", "margins"} - set(arrays)
@@ -305,7 +307,9 @@ def _positions(which: Any, size: int, name: str) -> Tensor:
             f"got {array.dtype} of shape {list(array.shape)}."
         )
     if array.min() < 0 or array.max() >= size or len(np.unique(array)) < len(array):
-        raise InputError(f"{name} must be different positions from 0 to {size - 1}.")
+        raise InputError(
+            f"{name} must be different positions from 0 to {size - 1}; got {array.tolist()[:10]}."
+        )
     return torch.from_numpy(array.astype(np.int64))
 
 

@@ -1,11 +1,13 @@
-"""Small files of tensors that are there whole or not at all, for what a run that was killed goes on from."""
+"""Small files that are there whole or not at all, for what a run that was killed goes on from: tensors, and settings that must fit."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -36,6 +38,30 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path} is damaged: {error}. It was truncated or changed after it was written. "
             "Remove the file and run again: only what it held is computed again."
         ) from error
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CorruptShardError: it is damaged.
+    """
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptShardError(f"{file} is damaged: {error}. Give another folder.") from error
+    if not isinstance(settings, dict):
+        raise CorruptShardError(f"{file} is damaged: no JSON object. Give another folder.")
+    return settings
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, str]:
+    """Settings that differ, by name, as lines of a message."""
+    return {
+        name: f"  {name}: stored {stored.get(name, '(absent)')!r}, asked for {asked.get(name, '(absent)')!r}"
+        for name in {**asked, **stored}
+        if name not in stored or name not in asked or stored[name] != asked[name]
+    }
 
 
 def make_folder(path: Path) -> None:

@@ -154,7 +154,9 @@ def make_plan(
         check_axis(chosen.shape[1], num_train, what="masks", axis="N (training rows)", other="num_train")
         empty = (~chosen.any(dim=1)).nonzero()[:, 0].tolist()
         if empty:
-            raise InputError(f"masks: subset {empty[0]} holds no rows; a model cannot be trained on none.")
+            raise InputError(
+                f"masks: subset {empty[0]} holds no rows; a model cannot be trained on none. Leave it out."
+            )
     rows = None
     if target_rows is not None:
         array = as_array(target_rows)

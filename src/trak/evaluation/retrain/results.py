@@ -22,7 +22,7 @@ from trak.errors import CorruptShardError, FingerprintError, InputError, NonFini
 from trak.evaluation._values import as_array
 from trak.evaluation.retrain.bank import BANK_FILE, SETTINGS_FILE, Bank, as_target_rows
 from trak.evaluation.retrain.errors import RetrainError
-from trak.evaluation.retrain.files import make_folder, read_tensors, write_tensors
+from trak.evaluation.retrain.files import differences, make_folder, read_settings, read_tensors, write_tensors
 from trak.evaluation.retrain.plan import GROWING, Job, Plan, fingerprint
 from trak.files import write_whole
 from trak.logs import logger
@@ -115,7 +115,7 @@ class Results:
             # Of two runs that begin at the same moment the last one's stays; the fingerprint in each model's file
             # tells theirs apart.
             write_whole(file, json.dumps(asked, indent=1).encode())
-        stored = _read_settings(file)
+        stored = read_settings(file)
         earlier = stored.pop(EARLIER, [])
         if stored != asked and self._plan.extends(stored):
             earlier = [*earlier, stored]
@@ -193,27 +193,11 @@ def _error(job: Job, what: str) -> RetrainError:
     return RetrainError(f"The model of {job} {what}.", subset=job.subset, repeat=job.repeat, seed=job.seed)
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptShardError(f"{file} is damaged: {error}. Give another folder for the bank.") from error
-    if not isinstance(settings, dict):
-        raise CorruptShardError(f"{file} is damaged: no JSON object. Give another folder for the bank.")
-    return settings
-
-
 def _refuse_difference(folder: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    names = [*asked, *(name for name in stored if name not in asked)]
-    lines = [
-        f"  {name}: stored {stored.get(name, '(absent)')!r}, asked for {asked.get(name, '(absent)')!r}"
-        for name in names
-        if name not in stored or name not in asked or stored[name] != asked[name]
-    ]
-    if not lines:
+    different = differences(stored, asked)
+    if not different:
         return
-    differing = {name for name in names if stored.get(name) != asked.get(name)}
-    smaller = differing <= set(GROWING) and all(
+    smaller = different.keys() <= set(GROWING) and all(
         isinstance(stored.get(name), int) and asked[name] <= stored[name]
         for name in ("num_subsets", "models_per_subset")
     )
@@ -223,7 +207,7 @@ def _refuse_difference(folder: Path, stored: Mapping[str, Any], asked: Mapping[s
         else "Models of different settings do not make one bank. Give another folder, or the stored settings."
     )
     begun = f"The bank in {folder} was begun with other settings than those asked for:"
-    raise FingerprintError("\n".join([begun, "", *lines, "", advice]))
+    raise FingerprintError("\n".join([begun, "", *different.values(), "", advice]))
 
 
 def _is_saved(bank: Bank, folder: Path) -> bool:

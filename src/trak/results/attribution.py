@@ -1,14 +1,11 @@
-"""What attribution gives back: scores, and what people ask of them.
+"""Scores of training examples for targets, and what people ask of them.
 
 Shape legend: N training rows, T targets, S subsets, G groups.
 """
 
 from __future__ import annotations
 
-import html
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,20 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trak.datasets import RowSource, as_rows
-from trak.errors import InputError, MissingDependencyError, StoreError
-from trak.scores import ArrayScores, Ranking, Scores
+from trak.errors import InputError, MissingDependencyError
+from trak.results.notebook import html_table
+from trak.results.saved import check_save_folder, read_folder, write_folder
+from trak.scores import Ranking, Scores
 from trak.uncertainty import ThresholdedByError, standard_errors
 
 if TYPE_CHECKING:
     import pandas
-
-_FORMAT = "trak-attribution"
-_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +137,8 @@ class Attribution:
         """
         if self._self_influence is None:
             raise InputError(
-                "this attribution has no self-influence: its method does not define it, or it was saved without it"
+                "this attribution has no self-influence: its method does not define it, or it was saved without it. Attribute with a method that "
+                "does, such as trak.TRAK, or save with self_influence=True"
             )
         if not isinstance(self._self_influence, Tensor):
             object.__setattr__(self, "_self_influence", self._self_influence())
@@ -241,29 +236,10 @@ class Attribution:
             StoreError: the folder holds something else.
         """
         folder = Path(path)
-        check_save_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # attribution.json is written last and removed first: a folder that has it is whole.
-        (folder / "attribution.json").unlink(missing_ok=True)
-        self.scores.save(folder / "scores.npy")
-        tensors = {
-            name: value.contiguous()
-            for name, value in (("weights", self.weights), ("outputs", self.outputs))
-            if value is not None
-        }
-        if self_influence and self._self_influence is not None:
-            tensors["self_influence"] = self.self_influence().contiguous()
-        save_file(tensors, str(folder / "vectors.safetensors"))
-        meta = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "num_train": self.num_train,
-            "num_targets": self.num_targets,
-            "info": dict(self.info),
-        }
-        temporary = folder / f".attribution.json.{os.getpid()}.part"
-        temporary.write_text(json.dumps(meta, indent=2, default=str))
-        os.replace(temporary, folder / "attribution.json")
+        check_save_folder(folder)  # before a pass over the features, not after
+        own = self.self_influence() if self_influence and self.has_self_influence else None
+        vectors = {"weights": self.weights, "outputs": self.outputs, "self_influence": own}
+        write_folder(folder, self.scores, vectors, self.info)
         return folder
 
     @classmethod
@@ -280,49 +256,25 @@ class Attribution:
             InputError: another number of training examples or targets than it was made with.
         """
         folder = Path(path)
-        meta_path = folder / "attribution.json"
-        if not meta_path.is_file():
-            hint = (
-                "it is a feature store: pass its path to trak.attribute(save_dir=…)"
-                if (folder / "manifest.json").exists()
-                else "save one with Attribution.save(path)"
-            )
-            raise StoreError(f"{folder} holds no saved attribution (no attribution.json): {hint}")
-        try:
-            meta = json.loads(meta_path.read_text())
-        except ValueError as error:
-            raise _damaged(meta_path, error) from error
-        if not isinstance(meta, dict):
-            raise _damaged(meta_path, "no JSON object")
-        if meta.get("format") != _FORMAT or meta.get("version", 0) > _VERSION:
-            raise StoreError(
-                f"{meta_path} has format {meta.get('format')!r} version {meta.get('version')!r}; "
-                f"this version reads {_FORMAT!r} up to {_VERSION}: update trak"
-            )
-        values = _read(folder / "scores.npy", lambda path: np.load(path, mmap_mode="r"))
-        if values.shape != (meta["num_train"], meta["num_targets"]):
-            raise StoreError(
-                f"{folder}/scores.npy has shape {list(values.shape)}; attribution.json says [{meta['num_train']}, {meta['num_targets']}]"
-            )
-        tensors = _read(folder / "vectors.safetensors", lambda path: load_file(str(path)))
+        saved = read_folder(folder)
         train_rows = None if train_set is None else as_rows(train_set, what="train_set")
         target_rows = None if targets is None else as_rows(targets, what="targets")
         for what, rows, expected in (
-            ("train_set", train_rows, meta["num_train"]),
-            ("targets", target_rows, meta["num_targets"]),
+            ("train_set", train_rows, saved.scores.num_train),
+            ("targets", target_rows, saved.scores.num_targets),
         ):
             if rows is not None and rows.num_rows != expected:
                 raise InputError(
                     f"{what} has {rows.num_rows} rows, but the attribution in {folder} was made with {expected}; give the same data"
                 )
         return cls(
-            scores=ArrayScores(values),
-            weights=tensors.get("weights"),
-            outputs=tensors.get("outputs"),
-            info=meta["info"],
+            scores=saved.scores,
+            weights=saved.vectors.get("weights"),
+            outputs=saved.vectors.get("outputs"),
+            info=saved.info,
             train_rows=train_rows,
             target_rows=target_rows,
-            _self_influence=tensors.get("self_influence"),
+            _self_influence=saved.vectors.get("self_influence"),
         )
 
     def report(self, path: str | Path = "trak-report.html", **options: Any) -> Path:
@@ -341,73 +293,4 @@ class Attribution:
 
     def _repr_html_(self, k: int = 5, max_targets: int = 8) -> str:
         """A small table for notebooks: strongest proponents and opponents of the first targets."""
-        shown = torch.arange(min(max_targets, self.num_targets))
-        chosen = self.scores.select_targets(shown)
-        width = min(k, self.num_train)
-        sides = []
-        for ranking in chosen.extremes(width):
-            several = len(self.members) > 1
-            errors = self.standard_error.select_targets(shown).at(ranking.rows) if several else None
-            sides.append((ranking, errors))
-        rows = []
-        for target in range(chosen.num_targets):
-            cells = [
-                _cells(
-                    ranking.rows[target], ranking.scores[target], None if errors is None else errors[target]
-                )
-                for ranking, errors in sides
-            ]
-            rows.append(f"<tr><th>{target}</th><td>{cells[0]}</td><td>{cells[1]}</td></tr>")
-        more = (
-            f"<p>… and {self.num_targets - chosen.num_targets} more targets</p>"
-            if chosen.num_targets < self.num_targets
-            else ""
-        )
-        head = html.escape(repr(self))
-        return (
-            f"<div><p><b>{head}</b></p><table><thead><tr><th>target</th><th>proponents: row (score)</th><th>opponents: row (score)</th></tr>"
-            f"</thead><tbody>{''.join(rows)}</tbody></table>{more}</div>"
-        )
-
-
-def _cells(rows: Tensor, scores: Tensor, errors: Tensor | None) -> str:
-    spread = [""] * len(rows) if errors is None else [f"&nbsp;±&nbsp;{float(error):.1g}" for error in errors]
-    parts = zip(rows, scores, spread)
-    return ", ".join(f"{int(row)}&nbsp;({float(score):+.3g}{error})" for row, score, error in parts)
-
-
-def _read(path: Path, read: Callable[[Path], Any]) -> Any:
-    try:
-        return read(path)
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: object) -> StoreError:
-    return StoreError(
-        f"{path} is damaged or missing: {error}. Save the attribution again; with features in a save_dir that is quick"
-    )
-
-
-def check_save_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything but a saved attribution.
-
-    Raises:
-        StoreError: it holds something else, or is a file.
-    """
-    if folder.is_file():
-        raise StoreError(f"{folder} is a file; an attribution is saved to a folder")
-    known = {"attribution.json", "scores.npy", "vectors.safetensors"}
-    others = (
-        [
-            entry.name
-            for entry in folder.iterdir()
-            if entry.name not in known and not entry.name.startswith(".")
-        ]
-        if folder.is_dir()
-        else []
-    )
-    if others:
-        raise StoreError(
-            f"{folder} holds other files ({', '.join(sorted(others)[:3])}): save the attribution to a folder of its own"
-        )
+        return html_table(self, k=k, max_targets=max_targets)
