@@ -10,15 +10,12 @@ load does not count, though it still takes caches. Cases and contenders that are
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
-from datetime import date
 from pathlib import Path
 
 import torch
 from cases import CASES
+from records import RESULTS, clock_for, conditions, read_record, write_record
 from torch import nn
 from torch.nn import functional as F
 
@@ -205,11 +202,12 @@ def main() -> None:
     parser.add_argument(
         "--contenders", default=None, help="factors, gradients, functional, Kronecker, Sparse, Rademacher"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "featurize.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "featurize.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
-    record = json.loads(options.out.read_text()) if options.out.exists() else {}
+    clock = clock_for(options.threads)
+    record, facts = read_record(options.out), conditions(options.threads)
+    today = facts.pop("date")  # of each case: others stay as they were
     results = record.get("results", {})
     for name in options.cases.split(","):
         model, batch, losses = MODELS[name]()
@@ -224,7 +222,7 @@ def main() -> None:
             "ratios": results.get(name, {}).get("ratios", {}) | ratios,
             "least_seconds": results.get(name, {}).get("least_seconds", {}) | least,
             "rounds": options.rounds,
-            "date": date.today().isoformat(),
+            "date": today,
         }
         print(
             f"\n{name}: {parameters:,} parameters, plain pass {1000 * seconds / len(batch[1]):.2f} ms per example"
@@ -232,16 +230,12 @@ def main() -> None:
         for contender, ratio in ratios.items():
             print(f"  {contender:12s} {ratio:6.2f} x", flush=True)
         record |= {
-            "torch": torch.__version__,
-            "trak": trak.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "threads": options.threads,
+            **facts,
             "clock": clock.__name__,
             "dim": options.dim,
             "results": {name: results[name] for name in MODELS if name in results},
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(options.out, record)
     print(f"\nwritten to {options.out}")
 
 

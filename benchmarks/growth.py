@@ -15,16 +15,14 @@ Results go to benchmarks/results/growth.json; `benchmarks/performance_page.py` d
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
 from featurize import Encoder, contenders, plain_pass
+from records import RESULTS, clock_for, conditions, read_record, write_record
 from score import make_rows, make_scores, peak_kib
 from torch import nn
 
@@ -180,19 +178,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-gib", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "growth.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "growth.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
-    record = json.loads(options.out.read_text()) if options.out.exists() else {}
-    record |= {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "trak": trak.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": options.threads,
-        "clock": clock.__name__,
-    }
+    clock = clock_for(options.threads)
+    record = read_record(options.out) | conditions(options.threads) | {"clock": clock.__name__}
     steps = {
         "featurize": lambda: featurizing(options.threads),
         "score": lambda: scoring(clock),
@@ -206,8 +196,7 @@ def main() -> None:
     }
     for part in options.parts.split(","):
         record[part] = steps[part]()
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(options.out, record)
 
 
 if __name__ == "__main__":

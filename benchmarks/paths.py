@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import runpy
 import statistics
-import time
-from datetime import date
 from pathlib import Path
 
 import torch
+from records import RESULTS, clock_for, conditions, read_record, write_record
 from torch.nn import functional as F
 
 import trak
@@ -96,14 +94,14 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("paths-features"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "paths.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "paths.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
+    clock = clock_for(options.threads)
     recipe = runpy.run_path(str(options.recipe))
     bank = Bank.load(options.bank)
     options.work.mkdir(parents=True, exist_ok=True)
-    record = json.loads(options.out.read_text()) if options.out.exists() else {"paths": {}}
+    record = {"paths": {}} | read_record(options.out)
     for name in options.paths.split(","):
         found = run_path(name, recipe, options.dim, options.checkpoints, options.work, clock)
         lds = {}
@@ -113,19 +111,14 @@ def main() -> None:
             print(name, number, result, flush=True)
         record["paths"][name] = {"checkpoints": found["checkpoints"], "lds": lds, "dim": options.dim}
         record |= {
-            "date": date.today().isoformat(),
-            "torch": torch.__version__,
-            "trak": trak.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "threads": options.threads,
+            **conditions(options.threads),
             "clock": clock.__name__,
             "title": recipe["title"],
             "rows": len(recipe["train_set"][1]),
             "targets": len(recipe["targets"][1]),
             "parameters": sum(p.numel() for p in recipe["model"].parameters()),
         }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(options.out, record)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ tensor. `blocks`: all scores, block by block. `extremes`: the ten strongest rows
 away. `gram`: the Gram matrix.
 
 From disk, in a process of its own whose peak memory is recorded: the ten strongest rows for --targets targets out of --rows rows in float16,
-against reading the same files from the front to the end; the page cache is emptied of them before each. Shards are written to --folder and
-removed in the end.
+against reading the same files from the front to the end; the page cache is emptied of them before each. Once with --threads, and once with
+each of --more-threads. Shards are written to --folder and removed in the end.
+
+`stages`: processor time of each thing that has to be done to one shard, alone and with one thread, in nanoseconds for each number.
 """
 
 from __future__ import annotations
@@ -18,19 +20,17 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import shutil
 import statistics
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
+from records import RESULTS, clock_for, conditions, read_record, write_record
 from torch import Tensor
 
-import trak
 from trak.precondition import accumulate_moments, fit_preconditioner, resolve_damping
 from trak.scores import KernelScores, Member
 from trak.store import Header, RowSet, open_store
@@ -65,8 +65,10 @@ def make_rows(folder: str | None, num_rows: int, dim: int, dtype: str) -> RowSet
 
 
 def make_scores(rows: RowSet, dim: int, num_targets: int) -> KernelScores:
-    solved_TK = torch.randn(num_targets, dim, generator=torch.Generator().manual_seed(1))
-    return KernelScores((Member(rows, solved_TK),), torch.rand(rows.num_rows), torch.device("cpu"), False)
+    generator = torch.Generator().manual_seed(1)
+    solved_TK = torch.randn(num_targets, dim, generator=generator)
+    weights_N = torch.rand(rows.num_rows, generator=generator)
+    return KernelScores((Member(rows, solved_TK),), weights_N, torch.device("cpu"), False)
 
 
 def interleaved(functions: dict, rounds: int, clock) -> dict[str, list[float]]:
@@ -202,31 +204,87 @@ def _score_from_disk(folder: str, num_rows: int, dim: int, num_targets: int, thr
     answer.put((wall, cpu, before, peak_kib(), ranking[:2].tolist()))
 
 
-def from_disk(num_rows: int, dim: int, num_targets: int, threads: int, rounds: int, parent: str) -> dict:
+def in_own_process(*arguments) -> tuple:
+    """What `_score_from_disk` answers: seconds, processor seconds, peak memory before and after."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    child = context.Process(target=_score_from_disk, args=(*arguments, answers))
+    child.start()
+    answer = answers.get()
+    child.join()
+    return answer
+
+
+def stages(folder: str, dim: int, num_targets: int) -> dict[str, float]:
+    """Nanoseconds for each number of one shard, which is in the page cache."""
+    from trak.store import load_store
+    from trak.store.files import checksum
+
+    path = files_of(folder)[0]
+    rows, buffer = load_store(folder).rows(0), bytearray(1 << 23)
+    count = min(BLOCK_ROWS, rows.num_rows)
+    (part,) = rows.read_stored(0, count)
+    product_RT, solved_TK = torch.empty(count, num_targets), torch.randn(num_targets, dim)
+    chunk = max(1, (1 << 22) // (4 * dim))
+    decoded_rK, whole_RK = torch.empty(min(chunk, count), dim), torch.empty(count, dim)
+
+    def copy() -> None:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    def decode() -> None:
+        for start in range(0, count, chunk):
+            stop = min(start + chunk, count)
+            part.decode(start, stop, decoded_rK[: stop - start])
+
+    seconds = interleaved(
+        {
+            "copy_from_page_cache": copy,
+            "checksum": lambda: checksum(part.features),
+            "decode": decode,
+            "product": lambda: torch.mm(whole_RK, solved_TK.T, out=product_RT),
+            "map_and_checksum": lambda: rows.read_stored(0, count),
+        },
+        15,
+        time.process_time,
+    )
+    return {name: statistics.median(values) / (count * dim) * 1e9 for name, values in seconds.items()}
+
+
+def from_disk(
+    num_rows: int, dim: int, num_targets: int, threads: list[int], rounds: int, parent: str
+) -> dict:
     """Shards that are not in memory, against a plain read."""
     folder = tempfile.mkdtemp(prefix="trak-score-", dir=parent)
     try:
         start = time.perf_counter()
         make_rows(folder, num_rows, dim, "float16")
         writing = time.perf_counter() - start
-        reads, scored = [], []
-        context = multiprocessing.get_context("spawn")
+        reads, answers = [], {number: [] for number in threads}
         for _ in range(rounds):
             forget(folder)
             seconds, size = plain_read(folder)
             reads.append(seconds)
-            forget(folder)
-            answers = context.Queue()
-            child = context.Process(
-                target=_score_from_disk, args=(folder, num_rows, dim, num_targets, threads, answers)
-            )
-            child.start()
-            scored.append(answers.get())
-            child.join()
+            for number in threads:
+                forget(folder)
+                answers[number].append(in_own_process(folder, num_rows, dim, num_targets, number))
+        alone = stages(folder, dim, num_targets)
         # What the same product costs where nothing has to be read.
         features_RK, solved_TK = torch.randn(BLOCK_ROWS, dim), torch.randn(num_targets, dim)
         product = interleaved({"mm": lambda: torch.mm(features_RK, solved_TK.T)}, 9, time.process_time)["mm"]
-        read, wall = statistics.median(reads), statistics.median(one[0] for one in scored)
+        read = statistics.median(reads)
+
+        def summary(number: int) -> dict:
+            scored = answers[number]
+            return {
+                "scoring_seconds": [one[0] for one in scored],
+                "scoring_cpu_seconds": [one[1] for one in scored],
+                "rate_of_plain_read": read / statistics.median(one[0] for one in scored),
+                "peak_rss_mib": max(one[3] for one in scored) / 1024,
+                "rss_before_mib": max(one[2] for one in scored) / 1024,
+            }
+
         return {
             "rows": num_rows,
             "dim": dim,
@@ -236,12 +294,10 @@ def from_disk(num_rows: int, dim: int, num_targets: int, threads: int, rounds: i
             "writing_seconds": writing,
             "plain_read_seconds": reads,
             "plain_read_mb_per_second": size / read / 1e6,
-            "scoring_seconds": [one[0] for one in scored],
-            "scoring_cpu_seconds": [one[1] for one in scored],
             "product_alone_seconds": statistics.median(product) * num_rows / BLOCK_ROWS,
-            "rate_of_plain_read": read / wall,
-            "peak_rss_mib": max(one[3] for one in scored) / 1024,
-            "rss_before_mib": max(one[2] for one in scored) / 1024,
+            "stages_ns_per_number": alone,
+            **summary(threads[0]),
+            "more_threads": [{"threads": number, **summary(number)} for number in threads[1:]],
         }
     finally:
         shutil.rmtree(folder)
@@ -259,22 +315,17 @@ def main() -> None:
     parser.add_argument("--disk-rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
+        "--more-threads", type=int, nargs="*", default=[2], help="further counts of threads, from disk"
+    )
+    parser.add_argument(
         "--folder", default=None, help="where shards are written; the system's temporary folder"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "score.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "score.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
-    record = json.loads(options.out.read_text()) if options.out.exists() else {}
-    record |= {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "trak": trak.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": options.threads,
-        "clock_in_memory": clock.__name__,
-        "rounds": options.rounds,
-    }
+    clock = clock_for(options.threads)
+    record = read_record(options.out) | conditions(options.threads)
+    record |= {"clock_in_memory": clock.__name__, "rounds": options.rounds}
     size, rounds = options.memory_rows, options.rounds
     if size:
         record["memory"] = [
@@ -288,10 +339,14 @@ def main() -> None:
         record["gram"] = gram(max(1, size // 4), options.dim, max(1, rounds // 2), clock)
     if options.rows:
         record["disk"] = from_disk(
-            options.rows, options.dim, options.targets, options.threads, options.disk_rounds, options.folder
+            options.rows,
+            options.dim,
+            options.targets,
+            list(dict.fromkeys([options.threads, *options.more_threads])),
+            options.disk_rounds,
+            options.folder,
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(options.out, record)
     print(json.dumps(record, indent=2))
 
 

@@ -1,0 +1,44 @@
+"""What the benchmarks that write a record have in common: the clock, the conditions of a run, and the file."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trak
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def clock_for(threads: int) -> Callable[[], float]:
+    """Seconds of the processor where one thread works, so that other load does not count; of the wall elsewhere."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def conditions(threads: int) -> dict[str, Any]:
+    """When, with what and on what a run was measured."""
+    return {
+        "date": date.today().isoformat(),
+        "torch": torch.__version__,
+        "trak": trak.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "threads": threads,
+    }
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that is there, for a run that measures a part of it again; empty where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace the record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
