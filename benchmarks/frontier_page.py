@@ -22,11 +22,13 @@ TITLES = {
     "fashion": "Fashion-MNIST, 3,000 images, ConvNet with 20,490 parameters",
     "cifar2": "CIFAR-2, 10,000 images, ResNet-9 with 142,992 parameters",
     "sst2": "SST-2, 2,000 sentences, three layers of MiniLM",
+    "qnli": "QNLI, 2,000 pairs, the last layer of MiniLM",
 }
 METHODS = (
     *(
         "trak",
         "trak-1024",
+        "trak-eigenbasis",
         "trak-per-layer",
         "trak-paper",
         "gradient-dot",
