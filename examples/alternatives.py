@@ -3,7 +3,7 @@
     python examples/alternatives.py examples/recipes/cifar2.py --bank ../shared/banks/cifar2 --what weights damping
 
 `--what weights`: the exponent of the loss weights, the Gram matrix with and without the log loss's second derivatives, the leverage
-correction. `--what damping`: the automatic rule and a sweep of fixed damping. `--what rules`: the automatic rule and those of ridge
+correction. `--what damping`: the automatic rule and a sweep of fixed damping; `--what dimensions`: a sweep of effective dimensions. `--what rules`: the automatic rule and those of ridge
 regression, each with an eigendecomposition for every checkpoint. `--what whitening`: gradients
 whitened by K-FAC or EK-FAC and projected at random (`trak.Whitened`), or cut off to their leading entries (`trak.Eigenbasis`), with and without
 the Gram matrix.
@@ -31,6 +31,7 @@ from trak.evaluation.ranks import average_ranks, resampled_correlation
 from trak.precondition import CrossValidationDamping, Damping, EffectiveDimensionDamping, EvidenceDamping
 
 SHARES = (30, 100, 300, 1000, 3000, 10_000)
+DIMENSIONS = (50, 100, 150, 200, 250, 300, 400, 500, 700)
 NO_GRAM = trak.AutomaticDamping(share=1e-6)  # so much that scores are inner products
 
 
@@ -69,6 +70,9 @@ def alternatives(
         for share in SHARES:
             rule = trak.AutomaticDamping(share=share / size**0.5, directions=None)  # λ = trace / share
             yield f"trace / {share}", {"damping": rule}
+    if "dimensions" in what:
+        for dimension in DIMENSIONS:
+            yield f"effective dimension {dimension}", {"damping": EffectiveDimensionDamping(dimension)}
 
 
 def whitened(
@@ -123,7 +127,7 @@ def main() -> None:
     add(
         "--what",
         nargs="+",
-        choices=("weights", "damping", "rules", "whitening"),
+        choices=("weights", "damping", "rules", "dimensions", "whitening"),
         default=["weights", "damping"],
     )
     add("--checkpoints", type=int, nargs="+", default=[1, 3], help="ensemble sizes")
