@@ -3,8 +3,8 @@
     python examples/alternatives.py examples/recipes/cifar2.py --bank ../shared/banks/cifar2 --what weights damping
 
 `--what weights`: the exponent of the loss weights, the Gram matrix with and without the log loss's second derivatives, the leverage
-correction. `--what damping`: the automatic rule and a sweep of fixed damping; `--what dimensions`: a sweep of effective dimensions. `--what rules`: the automatic rule and those of ridge
-regression, each with an eigendecomposition for every checkpoint. `--what whitening`: gradients
+correction. `--what damping`: the automatic rule and a sweep of fixed damping; `--what dimensions`: a sweep of effective dimensions. `--what rules`:
+the automatic rule and those of ridge regression, each with an eigendecomposition for every checkpoint. `--what whitening`: gradients
 whitened by K-FAC or EK-FAC and projected at random (`trak.Whitened`), or cut off to their leading entries (`trak.Eigenbasis`), with and without
 the Gram matrix.
 Features are computed once and kept in `--save-dir`. Gains are 95% intervals of the difference to the first row, paired.
