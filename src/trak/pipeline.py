@@ -36,7 +36,7 @@ from trak.precondition import (
 from trak.progress import bar
 from trak.projection import Factors, FittedProjection, Projection, ProjectionState
 from trak.scores import KernelScores, Member
-from trak.store import RowSet, Store
+from trak.store import RowSet, Store, ranges_text
 from trak.tasks import Task
 
 
@@ -271,7 +271,7 @@ def fit(
         device = torch.device("cpu")  # it has no float64
     if not rows.is_complete:
         raise MissingRowsError(
-            f"{where}: {_ranges(rows.missing())} of the training set are not featurized yet"
+            f"{where}: {ranges_text(rows.missing())} of the training set are not featurized yet"
         )
     undamped = isinstance(damping, FixedDamping) and damping.damping == 0
     features_dtype = rows.read(0, 1).features.dtype
@@ -427,8 +427,3 @@ def _inside(rows_B: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     """Which rows lie in one of the ranges (ascending, disjoint), bool [B]."""
     edges = torch.tensor(ranges, dtype=torch.int64).reshape(-1)
     return torch.searchsorted(edges, rows_B, right=True) % 2 == 1
-
-
-def _ranges(missing: Sequence[tuple[int, int]]) -> str:
-    shown = ", ".join(f"{start} to {stop - 1}" for start, stop in missing[:4])
-    return f"rows {shown}{' and more' if len(missing) > 4 else ''}"

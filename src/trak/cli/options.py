@@ -28,7 +28,7 @@ def parse_projection(words: str) -> Projection:
             f"--projection is KIND:DIM with a kind of {', '.join(KINDS)}, such as kronecker:4096; got {words!r}"
         )
     # How much memory a drawn matrix may take is no matter of the numbers, so no option here.
-    fields = dataclasses.fields(KINDS[kind])  # type: ignore[arg-type]
+    fields = sorted(dataclasses.fields(KINDS[kind]), key=lambda field: field.name != "dim")  # type: ignore[arg-type]
     known = {field.name: field for field in fields if field.name not in ("cache_bytes", "inner")}
     options: dict[str, Any] = {}
     inner: list[str] = []

@@ -9,13 +9,12 @@ import torch
 
 from trak.errors import MissingRowsError, ProtocolError
 from trak.logs import logger
-from trak.methods.sessions import range_text
 from trak.methods.trak import stored_attribution
 from trak.methods.weights import member_weights
 from trak.pipeline import fit, has_moments
 from trak.precondition import Damping, Preconditioner
 from trak.results import Attribution
-from trak.store import Store
+from trak.store import Store, ranges_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +99,7 @@ class Finalizer:
         rows = self.store.rows(model_id)
         if not rows.is_complete:
             raise ProtocolError(
-                f"checkpoint {model_id} is not completely featurized: training rows {range_text(rows.missing())} are missing. Call featurize for "
+                f"checkpoint {model_id} is not completely featurized: training {ranges_text(rows.missing())} are missing. Call featurize for "
                 "them, then finalize_features()"
             )
         if not has_moments(rows, [(0, self.store.header.dim)], self.curvature_exponent):
@@ -127,7 +126,7 @@ class Finalizer:
             if not missing:
                 complete.append(model_id)
                 continue
-            message = f"experiment {exp_name!r}: checkpoint {model_id} has no features for targets {range_text(missing)}"
+            message = f"experiment {exp_name!r}: checkpoint {model_id} has no features for target {ranges_text(missing)}"
             if not allow_skip:
                 raise MissingRowsError(
                     f"{message}: call start_scoring_checkpoint and score for it, or pass model_ids, or allow_skip=True"

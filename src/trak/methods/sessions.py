@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +100,3 @@ class Session:
                 f"this batch's by up to {float((again_B - before_B).abs().max()):.3g}. Use another "
                 f"{'exp_name' if self.experiment else 'save_dir'} for other data; check that the loader does not shuffle"
             )
-
-
-def range_text(missing: Sequence[tuple[int, int]]) -> str:
-    """Some missing ranges of rows, for messages."""
-    shown = ", ".join(f"{start} to {stop - 1}" for start, stop in missing[:4])
-    return shown + (f" and {len(missing) - 4} more ranges" if len(missing) > 4 else "")

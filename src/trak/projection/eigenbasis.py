@@ -6,7 +6,7 @@ Legend: B examples, T positions, R rows and C columns of a parameter, a and b of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -23,14 +23,8 @@ from trak.projection.checks import (
     require_state,
     resolve_device,
 )
-from trak.projection.factors import FactorOptions, Factors, matrix_shape
-from trak.projection.fitted import (
-    DEFAULT_SAMPLE,
-    LARGEST_SIDE,
-    FittedProjection,
-    check_fitted_options,
-    require_factors,
-)
+from trak.projection.factors import Factors, matrix_shape
+from trak.projection.fitted import FittedProjection, require_factors
 from trak.projection.layout import check_shapes
 from trak.projection.pieces import upcast
 from trak.projection.turning import Side, example_pieces, pick
@@ -84,30 +78,15 @@ class Eigenbasis(FittedProjection):
     """
 
     dim: int = 4096
-    _: KW_ONLY
-    whitening: float | None = 1.0
-    factors: str = "ekfac"
-    sample: int | None = DEFAULT_SAMPLE
-    largest_side: int = LARGEST_SIDE
 
     def __post_init__(self) -> None:
         check_integer("dim", self.dim, at_least=1)
-        check_fitted_options(self.whitening, self.factors, self.sample, self.largest_side)
+        super().__post_init__()
 
     @property
     def kind(self) -> str:
         """`"eigenbasis"`."""
         return "eigenbasis"
-
-    @property
-    def version(self) -> int:
-        """Version of how factors are fitted and entries chosen."""
-        return 1
-
-    @property
-    def factor_options(self) -> FactorOptions:
-        """How its factors are fitted."""
-        return FactorOptions(self.factors, self.sample, self.largest_side)
 
     def columns(self, shapes: Shapes) -> tuple[Columns, ...]:
         """One entry "all": which layer an entry comes from differs between checkpoints."""
@@ -177,15 +156,7 @@ class Eigenbasis(FittedProjection):
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the numbers, but for the factors."""
-        return {
-            "kind": self.kind,
-            "version": self.version,
-            "dim": self.dim,
-            "whitening": self.whitening,
-            "factors": self.factors,
-            "sample": self.sample,
-            "largest_side": self.largest_side,
-        }
+        return {**super().fingerprint(), "dim": self.dim}
 
     def _choose(self, factors: Factors, entries_k: Tensor, feature_k: Tensor, device: torch.device) -> Chosen:
         order_k = entries_k.argsort()
@@ -193,10 +164,7 @@ class Eigenbasis(FittedProjection):
         width = factors.eigenvalues.shape[1]
         rows_a, row_k = torch.unique(entries_k // width, return_inverse=True)
         columns_b, column_k = torch.unique(entries_k % width, return_inverse=True)
-        if self.whitening is None:
-            scale_k = torch.ones_like(factors.eigenvalues.flatten()[entries_k])
-        else:
-            scale_k = factors.scale(self.whitening).flatten()[entries_k]
+        scale_k = factors.scale(self.whitening).flatten()[entries_k]
         rows = Side.of(factors.rows, factors.eigenvalues.shape[0], rows_a)
         columns = Side.of(factors.columns, width, columns_b)
         return Chosen(rows, columns, row_k, column_k, feature_k, scale_k)

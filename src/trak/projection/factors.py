@@ -63,8 +63,10 @@ class Factors:
     eigenvalues: Tensor
     floor: float = 0.0
 
-    def scale(self, whitening: float) -> Tensor:
-        """1 / sqrt(Λ + λ), [R, C], with λ = whitening · mean(Λ) + floor."""
+    def scale(self, whitening: float | None) -> Tensor:
+        """1 / sqrt(Λ + λ), [R, C], with λ = whitening · mean(Λ) + floor; ones for None."""
+        if whitening is None:
+            return torch.ones_like(self.eigenvalues)
         return (self.eigenvalues + whitening * self.eigenvalues.mean() + self.floor).rsqrt()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +24,47 @@ DEFAULT_SAMPLE = 2000
 LARGEST_SIDE = 2048
 
 
+@dataclass(frozen=True, kw_only=True)
 class FittedProjection(Projection):
     """A projection whose matrix depends on Kronecker factors of the training gradients (`trak.projection.factors`).
 
     It is a linear map all the same, but no random one: inner products of features are not those of gradients.
+
+    Attributes:
+        whitening: λ over the mean of the parameter's Λ; None does not divide, where a kind allows that.
+        factors: "ekfac", Λ as measured, or "kfac", the product of the two factors' eigenvalues.
+        sample: training rows that factors are fitted to, one drawn from each of so many equal parts of the training set; None for all.
+        largest_side: a side of a parameter longer than that is not turned.
     """
 
+    whitening: float | None = 1.0
+    factors: str = "ekfac"
+    sample: int | None = DEFAULT_SAMPLE
+    largest_side: int = LARGEST_SIDE
+
+    def __post_init__(self) -> None:
+        check_fitted_options(self.whitening, self.factors, self.sample, self.largest_side)
+
     @property
-    @abstractmethod
+    def version(self) -> int:
+        """Version of how factors are fitted and used."""
+        return 1
+
+    @property
     def factor_options(self) -> FactorOptions:
         """How its factors are fitted."""
+        return FactorOptions(self.factors, self.sample, self.largest_side)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the numbers, but for the factors; kinds add what they have besides."""
+        return {
+            "kind": self.kind,
+            "version": self.version,
+            "whitening": self.whitening,
+            "factors": self.factors,
+            "sample": self.sample,
+            "largest_side": self.largest_side,
+        }
 
     @abstractmethod
     def init(

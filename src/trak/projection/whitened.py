@@ -6,7 +6,7 @@ Legend: B examples, R rows and C columns of a parameter as a matrix, K features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -17,14 +17,8 @@ from trak.blocks import Block, DenseBlock, IndexBlock
 from trak.errors import ProjectionError
 from trak.projection.base import Columns, Projection, ProjectionState, Shapes
 from trak.projection.checks import check_add, check_name, check_state_options, require_state, resolve_device
-from trak.projection.factors import FactorOptions, Factors, matrix_shape
-from trak.projection.fitted import (
-    DEFAULT_SAMPLE,
-    LARGEST_SIDE,
-    FittedProjection,
-    check_fitted_options,
-    require_factors,
-)
+from trak.projection.factors import Factors, matrix_shape
+from trak.projection.fitted import FittedProjection, require_factors
 from trak.projection.pieces import upcast
 from trak.projection.turning import Side, example_pieces, full_sides, turn
 
@@ -54,11 +48,6 @@ class Whitened(FittedProjection):
     """
 
     inner: Projection
-    _: KW_ONLY
-    whitening: float = 1.0
-    factors: str = "ekfac"
-    sample: int | None = DEFAULT_SAMPLE
-    largest_side: int = LARGEST_SIDE
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Projection) or isinstance(self.inner, FittedProjection):
@@ -68,22 +57,12 @@ class Whitened(FittedProjection):
             )
         if self.whitening is None:
             raise ProjectionError("whitening must be a number ≥ 0; got None, which would whiten nothing")
-        check_fitted_options(self.whitening, self.factors, self.sample, self.largest_side)
+        super().__post_init__()
 
     @property
     def kind(self) -> str:
         """`"whitened"`."""
         return "whitened"
-
-    @property
-    def version(self) -> int:
-        """Version of how factors are fitted."""
-        return 1
-
-    @property
-    def factor_options(self) -> FactorOptions:
-        """How its factors are fitted."""
-        return FactorOptions(self.factors, self.sample, self.largest_side)
 
     def columns(self, shapes: Shapes) -> tuple[Columns, ...]:
         """Those of the inner projection."""
@@ -141,12 +120,4 @@ class Whitened(FittedProjection):
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the numbers, but for the factors."""
-        return {
-            "kind": self.kind,
-            "version": self.version,
-            "inner": self.inner.fingerprint(),
-            "whitening": self.whitening,
-            "factors": self.factors,
-            "sample": self.sample,
-            "largest_side": self.largest_side,
-        }
+        return {**super().fingerprint(), "inner": self.inner.fingerprint()}

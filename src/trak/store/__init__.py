@@ -2,6 +2,7 @@
 
 from trak.store.encoding import StoredRows
 from trak.store.header import FORMAT_VERSION, Header
+from trak.store.layout import ranges_text
 from trak.store.rows import Rows, RowSet
 from trak.store.store import Store, load_store, open_store
 from trak.store.verify import Damage, Gap, Report, verify
@@ -20,5 +21,6 @@ __all__ = [
     "Writer",
     "load_store",
     "open_store",
+    "ranges_text",
     "verify",
 ]
