@@ -131,11 +131,13 @@ def score(record: dict) -> str:
     disk = record.get("disk")
     if disk:
         seconds, read = sorted(disk["scoring_seconds"]), sorted(disk["plain_read_seconds"])
+        own = disk.get("multiplying_thread_seconds", [])
+        of_thread = f", {own[0]:.1f} s of them in the thread that multiplies" if own else ""
         parts.append(
             f"From disk, {disk['rows']:,} × {disk['dim']:,} in float16 ({disk['bytes'] / 1e9:.1f} GB), the ten strongest at both ends for "
             f"{disk['targets']:,} targets: {seconds[len(seconds) // 2]:.1f} s; a plain read of the same files takes "
             f"{read[len(read) // 2]:.1f} s ({disk['plain_read_mb_per_second']:.0f} MB/s), the product alone "
-            f"{disk['product_alone_seconds']:.1f} s, and all of it {disk['scoring_cpu_seconds'][0]:.1f} s of processor time. That is "
+            f"{disk['product_alone_seconds']:.1f} s, and all of it {disk['scoring_cpu_seconds'][0]:.1f} s of processor time{of_thread}. That is "
             f"{100 * disk['rate_of_plain_read']:.0f}% of the plain read's rate. Peak memory {disk['peak_rss_mib']:,.0f} MiB, of which "
             f"{disk['rss_before_mib']:,.0f} MiB were Python's and PyTorch's before anything was read."
             + "".join(

@@ -162,6 +162,8 @@ class ConvBlock(Block):
         many_positions = prod(self.gradients.shape[2:]) > 2 * self.shape[0] // self.groups
         is_grouped = self.inputs.device.type == "cpu" and many_positions
         by_image = self._by_grouped_convolution() if is_grouped else self.by_patches()
+        if len(by_image) == self.examples:
+            return by_image  # A sum over one image each would write all of it once more.
         return by_image.reshape(self.examples, -1, *self.shape).sum(1)
 
     def by_patches(self) -> Tensor:
@@ -184,21 +186,22 @@ class ConvBlock(Block):
         return patches.permute(order).reshape(images, self.groups, prod(self.shape[1:]), -1).transpose(-1, -2)
 
     def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
-        """Σ_l (rowsᵀ gradient_l) ⊗ (columnsᵀ patch_l), [B, A, D].
-
-        The columns are filters, so that patches are never formed.
-        """
-        images, groups = self.inputs.shape[0], self.groups
-        filters = columns_CD.T.reshape(-1, *self.shape[1:])
-        inputs = self.inputs.reshape(images * groups, -1, *self.inputs.shape[2:])
-        right_NDL = _CONVOLUTIONS[len(self.stride)](
-            inputs, filters, None, self.stride, self.padding, self.dilation
-        )
-        right_NGDL = right_NDL.reshape(images, groups, filters.shape[0], -1)
-        left_NGrL = self.gradients.reshape(images, groups, -1, right_NGDL.shape[-1])
+        """Σ_l (rowsᵀ gradient_l) ⊗ (columnsᵀ patch_l), [B, A, D]."""
+        right_NGDL = self.filtered(columns_CD)
+        groups, positions = self.groups, right_NGDL.shape[-1]
+        left_NGrL = self.gradients.reshape(len(self.gradients), groups, -1, positions)
         rows_GAr = rows_RA.reshape(groups, -1, rows_RA.shape[1]).transpose(-1, -2)
         by_group = (rows_GAr @ left_NGrL) @ right_NGDL.transpose(-1, -2)
         return by_group.reshape(self.examples, -1, *by_group.shape[-2:]).sum(1)
+
+    def filtered(self, columns_CD: Tensor) -> Tensor:
+        """columnsᵀ patch_l, [N, G, D, L]: the columns are filters, so that patches are never formed."""
+        images, groups = self.inputs.shape[0], self.groups
+        filters = columns_CD.T.reshape(-1, *self.shape[1:])
+        inputs = self.inputs.reshape(images * groups, -1, *self.inputs.shape[2:])
+        convolution = _CONVOLUTIONS[len(self.stride)]
+        right_NDL = convolution(inputs, filters, None, self.stride, self.padding, self.dilation)
+        return right_NDL.reshape(images, groups, filters.shape[0], -1)
 
     def _by_grouped_convolution(self) -> Tensor:
         """Gradients per image, [N, *shape].

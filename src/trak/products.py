@@ -54,6 +54,13 @@ class StoredFeatures(Protocol):
     def decode(self, start: int, stop: int, out_RK: Tensor) -> Tensor:
         """Rows start to stop, written to `out_RK`."""
 
+    @property
+    def scale(self) -> Tensor | None:
+        """[R] powers of two that converted rows are still to be multiplied by, None for none."""
+
+    def convert(self, start: int, stop: int, out_RK: Tensor) -> Tensor:
+        """Rows start to stop without their scale, written to `out_RK`."""
+
 
 class Product:
     """Products of features, a piece at a time, with one checkpoint's solved targets; keeps the buffer they are decoded into."""
@@ -61,6 +68,9 @@ class Product:
     def __init__(self, solved_TK: Tensor, device: torch.device) -> None:
         self._solved_TK, self._device = solved_TK, device
         self._buffer_rK: Tensor | None = None
+        # Rows are scaled by powers of two, after their products where that is as exact: T numbers for a row instead of K. Stored
+        # rows have their largest entry in [2^14, 2^15), so that with targets like these no product leaves float32's range.
+        self._scales_scores = bool(2.0**-64 < solved_TK.abs().max() < 2.0**64) if solved_TK.numel() else False
 
     def empty(self, num_rows: int, piece: Sequence[Tensor | StoredFeatures]) -> Tensor:
         """Uninitialised scores [num_rows, T] of the dtype that this piece's products have."""
@@ -72,10 +82,15 @@ class Product:
         low = 0
         for part in piece:
             self._solved_TK = self._solved_TK.to(device=self._device, dtype=part.dtype)
-            for features_rK in self._decoded(part.to(self._device)):
-                out_rT = total_rT[low : low + len(features_rK)]
-                torch.addmm(out_rT, features_rK, self._solved_TK.T, beta=beta, out=out_rT)
-                low += len(features_rK)
+            near = part.to(self._device)
+            scale_R = None if isinstance(near, Tensor) or not self._scales_scores else near.scale
+            done = 0
+            for features_rK in self._decoded(near):
+                rows = slice(low + done, low + done + len(features_rK))
+                scale_r = None if scale_R is None else scale_R[done : done + len(features_rK)]
+                _add_product(total_rT[rows], features_rK, self._solved_TK, scale_r, beta)
+                done += len(features_rK)
+            low += done
 
     def _decoded(self, part: Tensor | StoredFeatures) -> Iterator[Tensor]:
         """The part's features, [r, K] at a time; each is overwritten by the next."""
@@ -89,7 +104,20 @@ class Product:
             self._buffer_rK = torch.empty(min(rows, len(part)), dim, dtype=part.dtype, device=self._device)
         for start in range(0, len(part), rows):
             stop = min(start + rows, len(part))
-            yield part.decode(start, stop, self._buffer_rK[: stop - start])
+            write = part.convert if self._scales_scores else part.decode
+            yield write(start, stop, self._buffer_rK[: stop - start])
+
+
+def _add_product(
+    out_rT: Tensor, features_rK: Tensor, solved_TK: Tensor, scale_r: Tensor | None, beta: int
+) -> None:
+    """Out = scale · features solvedᵀ + beta out."""
+    if scale_r is None:
+        torch.addmm(out_rT, features_rK, solved_TK.T, beta=beta, out=out_rT)
+    elif beta:
+        out_rT.addcmul_(features_rK @ solved_TK.T, scale_r.unsqueeze(1))
+    else:
+        torch.mm(features_rK, solved_TK.T, out=out_rT).mul_(scale_r.unsqueeze(1))
 
 
 def read_parts(source: FeatureRows, start: int, stop: int) -> Sequence[Tensor | StoredFeatures]:

@@ -25,6 +25,15 @@ BLOCKS = {
     "convolution": ConvBlock(
         "w", (R, 2, 2, 1), draw(B, 2, 5, 5), draw(B, R, 4, 5), (1, 1), (0, 0), (1, 1), 1, B
     ),
+    "narrow convolution": ConvBlock(
+        "w", (2, 2, 2, 1), draw(B, 2, 5, 5), draw(B, 2, 4, 5), (1, 1), (0, 0), (1, 1), 1, B
+    ),
+    "two images of each example": ConvBlock(
+        "w", (R, 2, 3), draw(2 * B, 2, 7), draw(2 * B, R, 5), (2,), (2,), (1,), 1, B
+    ),
+    "groups of a convolution": ConvBlock(
+        "w", (R, 2, 3), draw(B, 4, 7), draw(B, R, 3), (2,), (0,), (1,), 2, B
+    ),
 }
 
 

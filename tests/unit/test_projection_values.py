@@ -1,11 +1,12 @@
 """Golden numbers, and their independence of batch, tiles, cache, form of the block and dtype."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from trak.blocks import DenseBlock, IndexBlock, OuterBlock
+from trak.blocks import ConvBlock, DenseBlock, IndexBlock, OuterBlock
 from trak.projection import Gaussian, Identity, Kronecker, Rademacher, Sparse, pieces, sparse, tiles
 from trak.testing.projection import SHAPES, example_blocks, flat_gradients, full_matrix, project
 
@@ -151,6 +152,51 @@ def test_tables_are_projected_without_a_dense_gradient(projection, piece_entries
     if not isinstance(projection, Identity) and "embed" not in _exact_layers(projection):
         monkeypatch.setattr(IndexBlock, "dense", lambda block: pytest.fail("the dense gradient was formed"))
     torch.testing.assert_close(project(projection, [block]), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "projection", [Sparse(40), Sparse(40, nonzeros=3), Sparse(60, nonzeros=2, per_layer=True)], ids=repr
+)
+@pytest.mark.parametrize("cached_entries", [1 << 20, 60])
+@pytest.mark.parametrize("small_table", [0, 1 << 18])
+def test_sums_of_either_sign_are_the_product(projection, cached_entries, small_table, monkeypatch):
+    """What large parameters take on a CPU: here all do, in small tiles and pieces."""
+    monkeypatch.setattr(sparse, "SIGNED_ENTRIES", 0)
+    monkeypatch.setattr(sparse, "TILE_ENTRIES", 7)
+    monkeypatch.setattr(pieces, "CACHED_ENTRIES", cached_entries)
+    monkeypatch.setattr(pieces, "SMALL_TABLE", small_table)
+    blocks = example_blocks(batch_size=4, dtype=torch.float64)
+    expected = flat_gradients(blocks) @ full_matrix(projection)
+    torch.testing.assert_close(project(projection, blocks), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cached_entries", [1 << 20, 100, 1])
+def test_pieces_for_the_cache_cover_every_gradient_once(cached_entries, monkeypatch):
+    monkeypatch.setattr(pieces, "CACHED_ENTRIES", cached_entries)
+    shape = (70, 3)
+    grouped = OuterBlock("w", shape, torch.randn(5, 2, 3, 35), torch.randn(5, 2, 3, 3))
+    plain = OuterBlock("w", shape, torch.randn(5, 1, 3, 70), torch.randn(5, 1, 3, 3))
+    images = ConvBlock("w", (6, 2, 3), torch.randn(10, 2, 7), torch.randn(10, 6, 5), (1,), (0,), (1,), 1, 5)
+    for block in (grouped, plain, images, DenseBlock("w", shape, torch.randn(5, *shape))):
+        found, times = torch.zeros(5, math.prod(block.shape)), torch.zeros(5, math.prod(block.shape))
+        for examples, first, values_bn in pieces.cached_pieces(block):
+            found[examples, first : first + values_bn.shape[1]] += values_bn
+            times[examples, first : first + values_bn.shape[1]] += 1
+        assert (times == 1).all()
+        torch.testing.assert_close(found, block.dense().flatten(1))
+
+
+def test_a_table_is_drawn_whole_or_where_it_is_touched(monkeypatch):
+    indices = torch.tensor([[0, 3, 3, 10], [3, 7, 7, 7], [1, 0, 9, 2]])
+    block = IndexBlock("embed.weight", (11, 4), indices, torch.randn(3, 4, 4))
+    found = []
+    for table_entries, cache_bytes in ((44, 1 << 20), (43, 1 << 20), (44, 0)):
+        monkeypatch.setattr(sparse, "TABLE_ENTRIES", table_entries)
+        state = Sparse(40, nonzeros=2, cache_bytes=cache_bytes).init({"embed.weight": (11, 4)})
+        found.append(state.zeros(3))
+        Sparse(40, nonzeros=2).add(state, block, found[-1])
+        assert state.cache.used == (2 * 44 * 8 if table_entries == 44 and cache_bytes else 0)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 SORTED = [Sparse(40), Sparse(40, nonzeros=3), Sparse(60, nonzeros=2, per_layer=True)]

@@ -62,6 +62,33 @@ def test_scores_are_the_definitions(tmp_path, monkeypatch, feature_dtype, member
     assert torch.equal(scores.top(5).rows, expected.sort(dim=0, descending=True).indices[:5].T)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+def test_rows_and_targets_of_any_size(size, monkeypatch):
+    """Rows are scaled after their products only where that is exact."""
+    monkeypatch.setattr("trak.products.DECODED_BYTES", 3 * 4 * K)
+    for row_size in (1 / size, 1e-6 / size):
+        rows = open_store(
+            None, make_header(feature_dtype="float16", dim=K, columns=[("all", 0, K)]), shard_rows=8
+        )
+        rows.add_checkpoint(0, "hash")
+        features, outputs, q = make_values(dim=K, seed=0)
+        with rows.rows(0).writer() as writer:
+            writer.add(torch.arange(N), features * row_size, outputs, q)
+        solved_TK = torch.randn(T, K, generator=torch.Generator().manual_seed(0)) * size
+        found = KernelScores((Member(rows.rows(0), solved_TK),), torch.ones(N), torch.device("cpu"), False)
+        assert_equal(found.tensor(), rows.rows(0).read(0, N).features.double() @ solved_TK.double().T)
+
+
+def test_scaling_scores_and_scaling_rows_give_the_same_bits():
+    """Targets beyond 2^64 have their rows scaled before the products, others after."""
+    scores, _ = stored(None, "float16", members=1)
+    (member,) = scores.members
+    large = KernelScores(
+        (Member(member.rows, member.solved_TK * 2.0**70),), scores.weights, torch.device("cpu"), False
+    )
+    assert torch.equal(large.tensor() * 2.0**-70, scores.tensor())
+
+
 @pytest.mark.parametrize("feature_dtype", DTYPES)
 def test_disk_and_memory_give_the_same_bits(tmp_path, feature_dtype):
     found = [stored(folder, feature_dtype)[0].tensor() for folder in (tmp_path, None)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from trak.blocks import Block, DenseBlock, IndexBlock, OuterBlock
 from trak.errors import ProjectionError
 from trak.projection.base import Projection, ProjectionState, Shapes
+from trak.projection.pieces import field_names
 
 
 def check_integer(what: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> None:
@@ -64,11 +64,11 @@ def check_add(state: ProjectionState, block: Block, out_BK: Tensor) -> None:
             f"block of parameter {block.name!r} has shape {tuple(block.shape)}, expected {expected} "
             "as given to init()"
         )
-    for field in fields(block):
-        tensor = getattr(block, field.name)
+    for field in field_names(type(block)):
+        tensor = getattr(block, field)
         if isinstance(tensor, Tensor) and tensor.device != state.device:
             raise ProjectionError(
-                f"{field.name} of block {block.name!r} is on {tensor.device}, the projection is on "
+                f"{field} of block {block.name!r} is on {tensor.device}, the projection is on "
                 f"{state.device}; "
                 "draw the projection on the device of the gradients: init(..., device=...)"
             )

@@ -10,11 +10,12 @@ Legend: B examples, T positions, R rows and C columns of the parameter as a matr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from trak.blocks import Block, DenseBlock, IndexBlock, OuterBlock
+from trak.blocks import Block, ConvBlock, DenseBlock, IndexBlock, OuterBlock
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +45,13 @@ def contract(block: Block, rows: Factor, columns: Factor) -> Tensor:
     """rowsᵀ G columns for each example, [B, a, b]: equal to `block.contract(rows.plain, columns.plain)` up to rounding."""
     if isinstance(block, OuterBlock) and block.left.shape[1] == 1:
         return _contract_outer(block, rows, columns)
-    if isinstance(block, IndexBlock) and columns.turned is None:
-        return rows.plain[block.indices].transpose(-1, -2) @ block.values
+    if isinstance(block, IndexBlock):
+        right_BTb = _narrowed(block.values, columns).transpose(1, 2)
+        return torch.bmm(rows.plain[block.indices].transpose(1, 2), right_BTb)
     if isinstance(block, DenseBlock):
         return _contract_dense(block.values.reshape(block.batch_size, *block.matrix_shape), rows, columns)
+    if isinstance(block, ConvBlock) and block.groups == 1:
+        return _contract_convolution(block, rows, columns)
     return block.contract(rows.plain, columns.plain)
 
 
@@ -72,7 +76,7 @@ def _contract_outer(block: OuterBlock, rows: Factor, columns: Factor) -> Tensor:
         return _contract_dense(left_BTR.transpose(1, 2) @ right_BTC, rows, columns)
     left_BaT = _narrowed(left_BTR, rows)
     right_BbT = _narrowed(right_BTC, columns)
-    return left_BaT @ right_BbT.transpose(1, 2)
+    return torch.bmm(left_BaT, right_BbT.transpose(1, 2))
 
 
 def _narrowed(values_BTn: Tensor, factor: Factor) -> Tensor:
@@ -80,7 +84,29 @@ def _narrowed(values_BTn: Tensor, factor: Factor) -> Tensor:
     values_BnT = values_BTn.transpose(1, 2)
     if factor.turned is None:
         return values_BnT
-    return factor.turned.expand(len(values_BnT), -1, -1) @ values_BnT
+    return torch.bmm(factor.turned.expand(len(values_BnT), -1, -1), values_BnT)
+
+
+def _contract_convolution(block: ConvBlock, rows: Factor, columns: Factor) -> Tensor:
+    """The columns as filters; then positions or rows first, whichever takes fewer multiplications."""
+    images, outputs = block.gradients.shape[:2]
+    left_NOL = block.gradients.reshape(images, outputs, -1)
+    if columns.turned is None:
+        # Patches are what an identity for filters would form: the gradient of a convolution with a outputs.
+        narrow = block.gradients if rows.turned is None else (rows.turned.expand(images, -1, -1) @ left_NOL)
+        shape = (rows.width, *block.shape[1:])
+        narrow = narrow.reshape(images, rows.width, *block.gradients.shape[2:])
+        return replace(block, shape=shape, gradients=narrow).dense().reshape(block.examples, rows.width, -1)
+    right_NLb = block.filtered(columns.plain)[:, 0].transpose(1, 2)
+    if rows.turned is None:
+        by_image = left_NOL @ right_NLb
+    elif rows.width * (outputs + columns.width) < outputs * columns.width:
+        by_image = (rows.turned.expand(images, -1, -1) @ left_NOL) @ right_NLb
+    else:
+        by_image = rows.turned.expand(images, -1, -1) @ (left_NOL @ right_NLb)
+    if images == block.examples:
+        return by_image
+    return by_image.reshape(block.examples, -1, *by_image.shape[-2:]).sum(1)
 
 
 def _contract_dense(values_BRC: Tensor, rows: Factor, columns: Factor) -> Tensor:

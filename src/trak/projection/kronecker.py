@@ -6,14 +6,14 @@ Legend: R rows and C columns of a parameter as a matrix, a and b columns of the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, isqrt, prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trak.blocks import Block
+from trak.blocks import Block, DenseBlock
 from trak.projection.base import Columns, Projection, ProjectionState, Shapes
 from trak.projection.checks import (
     check_add,
@@ -90,22 +90,47 @@ class Sketch:
 
     Attributes:
         rows, columns: the factors A [R, a] and B [C, b], ±1 or the identity.
-        kept_k: which numbers of AᵀGB are kept.
+        kept_k: which numbers of AᵀGB are kept; None for the first k.
         scale_k: their weights.
+        vector_Rk: for a parameter of one column, all that is done to it as one matrix; else None.
         start: first column of the feature matrix.
     """
 
     rows: Factor
     columns: Factor
-    kept_k: Tensor
+    kept_k: Tensor | None
     scale_k: Tensor
+    vector_Rk: Tensor | None
     start: int
+
+    @classmethod
+    def of(cls, split: Split, rows: Factor, columns: Factor, scale_k: Tensor, start: int) -> Sketch:
+        """The sketch of a split, with what can be prepared."""
+        kept_k = split.kept().to(scale_k.device)
+        in_order = torch.equal(kept_k, torch.arange(split.k, device=scale_k.device))
+        sketch = cls(rows, columns, None if in_order else kept_k, scale_k, None, start)
+        return replace(sketch, vector_Rk=sketch.matrix()) if len(columns.plain) == 1 else sketch
+
+    def add(self, block: Block, out_BK: Tensor) -> None:
+        """Add scale · (the kept numbers of AᵀGB) to `out`, in as few calls as possible: models have many small parameters."""
+        out_Bk = out_BK[:, self.start : self.start + len(self.scale_k)]
+        if self.vector_Rk is not None and isinstance(block, DenseBlock):
+            out_Bk.addmm_(block.values.flatten(1), self.vector_Rk)
+            return
+        numbers_Bn = contract(block, self.rows, self.columns).flatten(1)
+        kept_Bk = (
+            numbers_Bn[:, : len(self.scale_k)]
+            if self.kept_k is None
+            else numbers_Bn.index_select(1, self.kept_k)
+        )
+        out_Bk.addcmul_(kept_Bk, self.scale_k)
 
     def matrix(self) -> Tensor:
         """[R·C, k]: entry (r·C + c, j) is A[r, p] B[c, q] scale_j, for kept number j = (p, q)."""
         products = self.rows.plain[:, None, :, None] * self.columns.plain[None, :, None, :]
         flat = products.reshape(products.shape[0] * products.shape[1], -1)
-        return flat[:, self.kept_k] * self.scale_k
+        kept = flat[:, : len(self.scale_k)] if self.kept_k is None else flat[:, self.kept_k]
+        return kept * self.scale_k
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,9 +220,7 @@ class Kronecker(Projection):
                 out_BK[:, start : start + values_Bn.shape[1]] += values_Bn
             return
         for sketch in state.sketches[block.name]:
-            contracted_Bab = contract(block, sketch.rows, sketch.columns)
-            kept_Bk = contracted_Bab.flatten(1)[:, sketch.kept_k]
-            out_BK[:, sketch.start : sketch.start + kept_Bk.shape[1]] += kept_Bk * sketch.scale_k
+            sketch.add(block, out_BK)
 
     def matrix(self, state: ProjectionState, name: str) -> Tensor:
         """The dense [P_name, K] matrix of one parameter."""
@@ -210,7 +233,7 @@ class Kronecker(Projection):
             out_PK[:, place.start : place.stop] = torch.eye(size, dtype=state.dtype, device=state.device)
             return out_PK
         for sketch in state.sketches[name]:
-            out_PK[:, sketch.start : sketch.start + sketch.kept_k.numel()] = sketch.matrix()
+            out_PK[:, sketch.start : sketch.start + len(sketch.scale_k)] = sketch.matrix()
         return out_PK
 
     def fingerprint(self) -> dict[str, Any]:
@@ -243,12 +266,12 @@ class Kronecker(Projection):
             # Each sketch is an estimate of its own, and they are averaged by the numbers they keep.
             scale_k = split.scale() * sqrt(split.k / place.width)
             drawn.append(
-                Sketch(
-                    rows=_factor(keys[0], rows, split.a, split.exact == "rows", device, dtype),
-                    columns=_factor(keys[1], columns, split.b, split.exact == "columns", device, dtype),
-                    kept_k=split.kept().to(device),
-                    scale_k=scale_k.to(device=device, dtype=dtype),
-                    start=start,
+                Sketch.of(
+                    split,
+                    _factor(keys[0], rows, split.a, split.exact == "rows", device, dtype),
+                    _factor(keys[1], columns, split.b, split.exact == "columns", device, dtype),
+                    scale_k.to(device=device, dtype=dtype),
+                    start,
                 )
             )
             start += split.k

@@ -7,26 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from trak.blocks import Block, IndexBlock, OuterBlock
+from trak.blocks import Block, ConvBlock, IndexBlock, OuterBlock
 
 PIECE_ENTRIES = 1 << 24
 """Most gradient entries in one piece, all examples together (64 MiB in float32)."""
+
+CACHED_ENTRIES = 1 << 20
+"""Gradient entries in one piece that is to stay in the processor's cache, all examples together (4 MiB in float32)."""
 
 SMALL_TABLE = 1 << 18
 """An embedding of at most this many entries is made dense: cheaper than looking up its rows."""
 
 
+@cache
+def field_names(kind: type[Block]) -> tuple[str, ...]:
+    """What blocks of one kind consist of: asking a dataclass takes as long as projecting a short vector."""
+    return tuple(field.name for field in fields(kind))
+
+
 def upcast(block: Block, dtype: torch.dtype) -> Block:
     """The block with its floating-point tensors in `dtype`: sums over positions are not in half precision."""
-    tensors = {field.name: getattr(block, field.name) for field in fields(block)}
     changed = {
         name: tensor.to(dtype)
-        for name, tensor in tensors.items()
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != dtype
+        for name in field_names(type(block))
+        if isinstance(tensor := getattr(block, name), Tensor)
+        and tensor.dtype != dtype
+        and tensor.is_floating_point()
     }
     return replace(block, **changed) if changed else block  # type: ignore[arg-type]
 
@@ -52,6 +63,50 @@ def dense_pieces(block: Block) -> Iterator[tuple[int, Tensor]]:
             left_BTr = block.left[:, group, :, first : first + step]
             values_BrC = left_BTr.transpose(-1, -2) @ block.right[:, group]
             yield (group * group_rows + first) * columns, values_BrC.reshape(batch_size, -1)
+
+
+def cached_pieces(block: Block) -> Iterator[tuple[slice, int, Tensor]]:
+    """(examples, first flattened entry, gradients [b, n]): of every example consecutive entries, in order, covering the parameter.
+
+    Gradients of a large parameter for a batch are too many for the cache: written to memory, in pages fresh from the system, and
+    read back they cost several times what is done with them. Here a piece is overwritten by the next.
+    """
+    batch_size = block.batch_size
+    rows, columns = block.matrix_shape
+    whole = slice(0, batch_size)
+    if batch_size * rows * columns <= CACHED_ENTRIES:
+        yield whole, 0, block.dense().reshape(batch_size, rows * columns)
+    elif isinstance(block, OuterBlock):
+        yield from _cached_outer(block)
+    elif isinstance(block, ConvBlock):
+        images = len(block.inputs) // batch_size
+        step = max(1, CACHED_ENTRIES // (rows * columns))
+        for first in range(0, batch_size, step):
+            count = min(step, batch_size - first)
+            own = slice(first * images, (first + count) * images)
+            part = replace(block, inputs=block.inputs[own], gradients=block.gradients[own], examples=count)
+            yield slice(first, first + count), 0, part.dense().reshape(count, rows * columns)
+    else:
+        yield whole, 0, block.dense().reshape(batch_size, rows * columns)
+
+
+def _cached_outer(block: OuterBlock) -> Iterator[tuple[slice, int, Tensor]]:
+    """Some rows of some examples at a time, in one buffer."""
+    batch_size, groups, _, group_rows = block.left.shape
+    columns = block.matrix_shape[1]
+    # Products of many rows are faster, and so are few calls of what follows.
+    step = min(group_rows, max(32, -(-(CACHED_ENTRIES >> 2) // columns)))
+    examples = min(batch_size, max(1, CACHED_ENTRIES // (step * columns)))
+    buffer = block.left.new_empty(examples * step * columns)
+    for group in range(groups):
+        for first in range(0, group_rows, step):
+            left_BrT = block.left[:, group, :, first : first + step].transpose(-1, -2)
+            count = left_BrT.shape[1]
+            for start in range(0, batch_size, examples):
+                own = slice(start, min(start + examples, batch_size))
+                values = buffer[: (own.stop - start) * count * columns].view(-1, count, columns)
+                torch.bmm(left_BrT[own], block.right[own, group], out=values)
+                yield own, (group * group_rows + first) * columns, values.flatten(1)
 
 
 def table_pieces(block: IndexBlock) -> Iterator[tuple[Tensor, Tensor]]:

@@ -27,11 +27,27 @@ from trak.projection.checks import (
 )
 from trak.projection.layout import Placement, pool
 from trak.projection.philox import Key, derive_key, draw_words
-from trak.projection.pieces import PIECE_ENTRIES, dense_pieces, is_large_table, table_pieces, upcast
+from trak.projection.pieces import (
+    PIECE_ENTRIES,
+    cached_pieces,
+    dense_pieces,
+    is_large_table,
+    table_pieces,
+    upcast,
+)
 from trak.projection.tiles import TileCache
 
-TILE_ENTRIES = 4096
-"""Entries scattered at once, with signs and columns in cache. It does not change the order of sums."""
+TILE_ENTRIES = 1 << 16
+"""Entries that are drawn, and scattered at the most, at once. It does not change the order of sums."""
+
+SIGNED_ENTRIES = 1 << 12
+"""Parameters of so many entries have sums of either sign on a CPU."""
+
+TABLE_ENTRIES = 1 << 22
+"""An embedding of at most so many entries is drawn once and kept (32 MiB)."""
+
+WHOLE_TABLE = -1
+"""Its place among a parameter's tiles."""
 
 SORTED_ENTRIES = 1 << 18
 """Entries summed at once where they are sorted by column first: enough of them for every column."""
@@ -52,6 +68,12 @@ class SparseState(ProjectionState):
         nonzeros = min(self.nonzeros, place.width)
         columns_sn, signs_sn = draw_hashes(self.keys[name], entries_n, nonzeros, place.width)
         return columns_sn.add_(place.start), signs_sn.to(self.dtype).div_(sqrt(nonzeros))
+
+    def draw_signed(self, name: str, entries_n: Tensor) -> Tensor:
+        """Columns of the parameter's own [s, n] int64, from 0 to K − 1 where the sign is +1 and from K to 2K − 1 where it is −1."""
+        width = self.placements[name].width
+        columns_sn, signs_sn = draw_hashes(self.keys[name], entries_n, min(self.nonzeros, width), width)
+        return columns_sn.add_((signs_sn < 0).long(), alpha=width)
 
 
 def draw_hashes(key: Key, entries_n: Tensor, nonzeros: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +114,7 @@ class Sparse(Projection):
         nonzeros: from 1 to dim (in a layer with fewer columns: as many as it has).
         per_layer: K is split over layers, each with columns of its own; a layer that fits its share is kept
             exactly, and K is at most P. The formula above then holds layer by layer, with the layer's K.
-        cache_bytes: memory for drawn columns and signs, in bytes, for each state (12 or 16 for each
+        cache_bytes: memory for drawn columns and signs, in bytes, for each state (8 to 16 for each
             non-zero). It changes the speed and no number, and takes no part in equality and fingerprint.
     """
 
@@ -162,12 +184,13 @@ class Sparse(Projection):
                 start = place.start + first
                 out_BK[:, start : start + values_Bn.shape[1]] += values_Bn
             return
-        is_sorted = sums_sorted(state.device)
-        if is_large_table(block) and isinstance(block, IndexBlock):
-            (_add_sorted_table if is_sorted else _add_table)(state, block, out_BK)
-            return
-        for first, values_Bn in dense_pieces(block):
-            (_add_sorted_range if is_sorted else _add_range)(state, block.name, first, values_Bn, out_BK)
+        if not sums_sorted(state.device):
+            _add_scattered(state, block, out_BK)
+        elif is_large_table(block) and isinstance(block, IndexBlock):
+            _add_sorted_table(state, block, out_BK)
+        else:
+            for first, values_Bn in dense_pieces(block):
+                _add_sorted_range(state, block.name, first, values_Bn, out_BK)
 
     def matrix(self, state: ProjectionState, name: str) -> Tensor:
         """The dense [P_name, K] matrix of one parameter."""
@@ -242,35 +265,82 @@ def _add_sorted_table(state: SparseState, block: IndexBlock, out_BK: Tensor) -> 
         _add_sorted(values_BuC.flatten(1).T.contiguous(), tile, out_BK)
 
 
-def _add_range(state: SparseState, name: str, first: int, values_Bn: Tensor, out_BK: Tensor) -> None:
-    """Consecutive entries from `first` on; each column gets its terms in their order, whatever the tiles."""
+def _add_scattered(state: SparseState, block: Block, out_BK: Tensor) -> None:
+    """Entries in their order; each column gets its terms in theirs, whatever the tiles, pieces and batches.
+
+    A sign is a place to add to: positive terms have one sum for each column and negative ones another, and nothing is multiplied.
+    """
+    place = state.placements[block.name]
+    nonzeros = min(state.nonzeros, place.width)
+    target_BK = out_BK[:, place.start : place.stop]
+    by_rows = isinstance(block, IndexBlock) and (
+        is_large_table(block) or block.indices.shape[1] <= block.shape[0]
+    )
+    if prod(block.shape) < SIGNED_ENTRIES and not by_rows:
+        _add_small(state, block, target_BK)
+        return
+    sums_BJ = out_BK.new_zeros(len(out_BK), 2 * place.width)
+    if by_rows and isinstance(block, IndexBlock):
+        _scatter_table(state, block, sums_BJ)
+    else:
+        for examples, first, values_bn in cached_pieces(block):
+            _scatter_range(state, block.name, first, values_bn, sums_BJ[examples])
+    target_BK.add_(sums_BJ[:, : place.width], alpha=1 / sqrt(nonzeros))
+    target_BK.sub_(sums_BJ[:, place.width :], alpha=1 / sqrt(nonzeros))
+
+
+def _add_small(state: SparseState, block: Block, target_BK: Tensor) -> None:
+    """A small parameter: to clear and to subtract twice the columns would cost more than to multiply by signs."""
+    start = state.placements[block.name].start
+    values_Bn = block.dense().reshape(block.batch_size, prod(block.shape))
+
+    def draw() -> tuple[Tensor, Tensor]:
+        columns_sn, signs_sn = state.draw(block.name, torch.arange(values_Bn.shape[1], device=state.device))
+        return columns_sn - start, signs_sn
+
+    for columns_n, signs_n in zip(*state.cache.get(block.name, 0, draw)):
+        target_BK.scatter_add_(1, columns_n.expand(values_Bn.shape), values_Bn * signs_n)
+
+
+def _scatter_range(state: SparseState, name: str, first: int, values_Bn: Tensor, sums_BJ: Tensor) -> None:
+    """Consecutive entries from `first` on, added to the sums of either sign [B, 2K]."""
     size = prod(state.shapes[name])
     stop = first + values_Bn.shape[1]
     for index in range(first // TILE_ENTRIES, -(-stop // TILE_ENTRIES)):
         start = index * TILE_ENTRIES
 
-        def draw(start: int = start) -> tuple[Tensor, Tensor]:
-            return state.draw(name, torch.arange(start, min(start + TILE_ENTRIES, size), device=state.device))
+        def draw(start: int = start) -> tuple[Tensor]:
+            last = min(start + TILE_ENTRIES, size)
+            return (state.draw_signed(name, torch.arange(start, last, device=state.device)),)
 
-        columns_sn, signs_sn = state.cache.get(name, index, draw)
+        (signed_sn,) = state.cache.get(name, index, draw)
         low, high = max(first, start), min(stop, start + TILE_ENTRIES)
         part_Bn = values_Bn[:, low - first : high - first]
-        for columns_n, signs_n in zip(
-            columns_sn[:, low - start : high - start], signs_sn[:, low - start : high - start]
-        ):
-            out_BK.scatter_add_(1, columns_n.expand(part_Bn.shape), part_Bn * signs_n)
+        for signed_n in signed_sn[:, low - start : high - start]:
+            sums_BJ.scatter_add_(1, signed_n.expand(part_Bn.shape), part_Bn)
 
 
-def _add_table(state: SparseState, block: IndexBlock, out_BK: Tensor) -> None:
-    """An embedding: the rows that the batch touches are drawn, and values scattered where they stand."""
+def _scatter_table(state: SparseState, block: IndexBlock, sums_BJ: Tensor) -> None:
+    """An embedding: values are scattered where they stand. Columns of a very large one are drawn for the rows that the batch touches."""
     batch_size, length, width = block.values.shape
-    touched_U, position_BT = torch.unique(block.indices, return_inverse=True)
-    entries_UC = touched_U[:, None] * width + torch.arange(width, device=state.device)
-    columns_sN, signs_sN = state.draw(block.name, entries_UC.flatten())
+    size = prod(block.shape)
+    nonzeros = min(state.nonzeros, state.placements[block.name].width)
+    rows_BT = block.indices
+    if size <= TABLE_ENTRIES and state.cache.keeps(block.name, WHOLE_TABLE, 8 * nonzeros * size):
+
+        def draw() -> tuple[Tensor]:
+            return (state.draw_signed(block.name, torch.arange(size, device=state.device)),)
+
+        (signed_sN,) = state.cache.get(block.name, WHOLE_TABLE, draw)
+    else:
+        touched_U, rows_BT = torch.unique(block.indices, return_inverse=True)
+        entries_UC = touched_U[:, None] * width + torch.arange(width, device=state.device)
+        signed_sN = state.draw_signed(block.name, entries_UC.flatten())
     step = max(1, PIECE_ENTRIES // max(1, batch_size * width))
-    for columns_N, signs_N in zip(columns_sN, signs_sN):
-        columns_UC, signs_UC = columns_N.view(-1, width), signs_N.view(-1, width)
+    for signed_N in signed_sN:
+        signed_RC = signed_N.view(-1, width)
         for start in range(0, length, step):
-            where_Bt = position_BT[:, start : start + step]
-            terms_BtC = block.values[:, start : start + step] * signs_UC[where_Bt]
-            out_BK.scatter_add_(1, columns_UC[where_Bt].flatten(1), terms_BtC.flatten(1))
+            where_Bt = rows_BT[:, start : start + step]
+            sums_BJ.scatter_add_(
+                1, signed_RC[where_Bt].flatten(1), block.values[:, start : start + step].flatten(1)
+            )

@@ -45,6 +45,10 @@ class TileCache:
     used: int = 0
     tiles: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict)
 
+    def keeps(self, name: str, index: int, size: int) -> bool:
+        """Whether tile `index` of a parameter, of `size` bytes, is there or would be kept."""
+        return (name, index) in self.tiles or self.used + size <= self.budget
+
     def get(self, name: str, index: int, draw: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Tile `index` of a parameter, drawn if it is not there."""
         tile = self.tiles.get((name, index))

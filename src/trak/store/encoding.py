@@ -89,10 +89,14 @@ class StoredRows:
 
     def decode(self, start: int, stop: int, out_RK: Tensor) -> Tensor:
         """Rows start to stop, scale undone exactly, written to `out_RK` [stop − start, K] of `dtype`."""
-        out_RK.copy_(self.features[start:stop])
+        self.convert(start, stop, out_RK)
         if self.scale is not None:
             out_RK.mul_(self.scale[start:stop].unsqueeze(1))
         return out_RK
+
+    def convert(self, start: int, stop: int, out_RK: Tensor) -> Tensor:
+        """Rows start to stop in `dtype`, their scale left to whoever multiplies them, written to `out_RK` [stop − start, K]."""
+        return out_RK.copy_(self.features[start:stop])
 
 
 @dataclass(frozen=True)
