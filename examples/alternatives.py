@@ -3,7 +3,8 @@
     python examples/alternatives.py examples/recipes/cifar2.py --bank ../shared/banks/cifar2 --what weights damping
 
 `--what weights`: the exponent of the loss weights, the Gram matrix with and without the log loss's second derivatives, the leverage
-correction. `--what damping`: the automatic rule and a sweep of fixed damping; `--what dimensions`: a sweep of effective dimensions. `--what rules`:
+correction. `--what damping`: the automatic rule and a sweep of fixed damping; `--what dimensions`: a sweep of effective dimensions; `--what
+directions`: of the bound on it in the automatic rule (for the leading entries of the eigenbasis with `--projection eigenbasis:4096`). `--what rules`:
 the automatic rule and those of ridge regression, each with an eigendecomposition for every checkpoint. `--what whitening`: gradients
 whitened by K-FAC or EK-FAC and projected at random (`trak.Whitened`), or cut off to their leading entries (`trak.Eigenbasis`), with and without
 the Gram matrix.
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 import trak
+from trak.cli.options import parse_projection
 from trak.evaluation import Bank
 from trak.evaluation.estimates import crossed_counts, resampled_mean
 from trak.evaluation.lds import mean_outputs, predictions
@@ -32,6 +34,7 @@ from trak.precondition import CrossValidationDamping, Damping, EffectiveDimensio
 
 SHARES = (30, 100, 300, 1000, 3000, 10_000)
 DIMENSIONS = (50, 100, 150, 200, 250, 300, 400, 500, 700)
+DIRECTIONS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
 NO_GRAM = trak.AutomaticDamping(share=1e-6)  # so much that scores are inner products
 
 
@@ -73,6 +76,10 @@ def alternatives(
     if "dimensions" in what:
         for dimension in DIMENSIONS:
             yield f"effective dimension {dimension}", {"damping": EffectiveDimensionDamping(dimension)}
+    if "directions" in what:
+        yield "automatic", {}
+        for directions in DIRECTIONS:
+            yield f"directions {directions:g}", {"damping": trak.AutomaticDamping(directions=directions)}
 
 
 def whitened(
@@ -127,12 +134,18 @@ def main() -> None:
     add(
         "--what",
         nargs="+",
-        choices=("weights", "damping", "rules", "dimensions", "whitening"),
+        choices=("weights", "damping", "rules", "dimensions", "directions", "whitening"),
         default=["weights", "damping"],
     )
     add("--checkpoints", type=int, nargs="+", default=[1, 3], help="ensemble sizes")
     add("--average", type=int, default=3, help="for an ensemble of one: mean over so many single checkpoints")
-    add("--dim", type=int, default=4096, help="K")
+    add("--dim", type=int, default=4096, help="K of sparse columns and of whitened ones")
+    add(
+        "--projection",
+        type=parse_projection,
+        default=None,
+        help="another than sparse:DIM, as on the command line of trak",
+    )
     add("--factors", nargs="+", choices=("ekfac", "kfac"), default=["ekfac"], help="of whitening")
     add("--ratios", type=float, nargs="+", default=[1.0, 10.0], help="damping of whitening")
     add(
@@ -152,7 +165,7 @@ def main() -> None:
     common = {
         "model": recipe["model"],
         "task": recipe["task"],
-        "projection": trak.Sparse(dim=options.dim),
+        "projection": options.projection or trak.Sparse(dim=options.dim),
         "save_dir": options.save_dir,
         "batch_size": recipe.get("batch_size"),
     }
@@ -165,8 +178,8 @@ def main() -> None:
     }
     trials = []
     if "whitening" in options.what:
-        if options.save_dir is None:
-            parser.error("--what whitening needs --save-dir")
+        if options.save_dir is None or options.projection is not None:
+            parser.error("--what whitening needs --save-dir, and has its own projections")
         samples = [size or None for size in options.samples]
         trials = list(
             whitened(common["projection"], options.save_dir, options.factors, options.ratios, samples)

@@ -21,6 +21,7 @@ from trak import batches
 from trak.datasets import as_rows
 from trak.errors import InputError, ProtocolError
 from trak.gradients import Gradients
+from trak.methods.damping import damping_for
 from trak.methods.factors import kept_factors, stored_factors
 from trak.methods.finalizer import Finalizer
 from trak.methods.runs import (
@@ -138,7 +139,7 @@ class TRAKer:
             raise InputError("give either projector or proj_dim: a projector has its own dimension")
         self._setting = setting
         self._header = make_header(setting, train_set_size, self._options.feature_dtype)
-        damping = _damping(lambda_reg, setting.shapes, self._header.dim)
+        damping = _damping(lambda_reg, setting, self._header.dim)
         if isinstance(lambda_reg, (int, float)):
             gram = "uniform" if gram is None else gram
             weight_exponent = 1.0 if weight_exponent is None else weight_exponent
@@ -403,11 +404,11 @@ def _projection(shapes: Any, proj_dim: int | None, seed: int) -> Projection:
     return default_projection(shapes, dim=proj_dim, seed=seed)
 
 
-def _damping(lambda_reg: float | Damping | None, shapes: Any, dim: int) -> Damping:
+def _damping(lambda_reg: float | Damping | None, setting: Setting, dim: int) -> Damping:
     """The released package multiplies gradients by an unscaled ±1 matrix and divides by sqrt(P): its Gram is ours times K / P."""
     if lambda_reg is None or isinstance(lambda_reg, (Damping, str)):
-        return resolve_damping("auto" if lambda_reg is None else lambda_reg)
+        return damping_for("auto" if lambda_reg is None else lambda_reg, setting.projection)
     fixed = resolve_damping(lambda_reg)
     assert isinstance(fixed, FixedDamping)
-    num_parameters = sum(int(torch.Size(shape).numel()) for shape in shapes.values())
+    num_parameters = sum(int(torch.Size(shape).numel()) for shape in setting.shapes.values())
     return FixedDamping(fixed.damping * num_parameters / dim)

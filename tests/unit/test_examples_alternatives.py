@@ -23,20 +23,36 @@ checkpoints = [{name: torch.randn_like(value) for name, value in model.state_dic
 """
 
 
-def test_the_trial_runs_and_compares_with_plain_features(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, words):
     (tmp_path / "recipe.py").write_text(RECIPE)
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(12, 30, generator=generator) < 0.5
     Bank(masks=masks.numpy(), outputs=torch.randn(12, 1, 8, generator=generator).numpy()).save(
         tmp_path / "bank"
     )
-    words = [tmp_path / "recipe.py", "--bank", tmp_path / "bank", "--what", "whitening", "--dim", "9"]
-    words += ["--factors", "ekfac", "kfac", "--ratios", "1", "--samples", "0", "20"]
-    words += ["--save-dir", tmp_path / "kept"]
-    words += ["--json", tmp_path / "result.json", "--average", "2", "--checkpoints", "1", "2"]
+    words = [tmp_path / "recipe.py", "--bank", tmp_path / "bank", "--json", tmp_path / "result.json", *words]
     monkeypatch.setattr(sys, "argv", ["alternatives.py", *map(str, words)])
     runpy.run_path(str(EXAMPLES / "alternatives.py"), run_name="__main__")
-    rows = json.loads((tmp_path / "result.json").read_text())
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+def test_another_projection_and_its_directions(tmp_path, monkeypatch):
+    words = ["--what", "directions", "--projection", "eigenbasis:9", "--average", "1", "--checkpoints", "2"]
+    rows = run(tmp_path, monkeypatch, words)
+    names = [f"directions {number:g}" for number in (1.5, 2, 2.5, 3, 4, 6)]
+    assert [row["name"] for row in rows] == ["automatic", *names]
+    # More directions are less damping; automatically the eigenbasis has 2.5.
+    dampings = [row["damping"] for row in rows]
+    assert dampings[1:] == sorted(dampings[1:], reverse=True)
+    assert dampings[0] == dampings[3]
+
+
+def test_the_trial_runs_and_compares_with_plain_features(tmp_path, monkeypatch):
+    words = ["--what", "whitening", "--dim", "9"]
+    words += ["--factors", "ekfac", "kfac", "--ratios", "1", "--samples", "0", "20"]
+    words += ["--save-dir", tmp_path / "kept"]
+    words += ["--average", "2", "--checkpoints", "1", "2"]
+    rows = run(tmp_path, monkeypatch, words)
     assert [row["checkpoints"] for row in rows] == [1] * 26 + [2] * 26
     plain = rows[0]
     assert (plain["name"], plain["gain_low"], plain["gain_high"]) == ("plain, Gram", 0, 0)

@@ -19,7 +19,7 @@ from trak.projection import (
     from_fingerprint,
     joined,
 )
-from trak.projection.eigenbasis import largest
+from trak.projection.leading import largest
 from trak.testing.factors import Known, reference_factors, reference_features, reference_kernel
 from trak.testing.projection import CHECKS, SHAPES, example_blocks, flat_gradients
 
@@ -119,6 +119,65 @@ def test_factors_are_those_of_dense_gradients(kind, largest_side, table, piece, 
                 torch.testing.assert_close(
                     (side.T @ other).abs(), torch.eye(len(other)).double(), rtol=0, atol=1e-7
                 )
+
+
+@pytest.mark.parametrize("largest_side", [2048, 7], ids=["turned", "long sides not turned"])
+@pytest.mark.parametrize("candidates", [1, 9, 40, 131, 132])
+@pytest.mark.parametrize("cost", [0, 10**9], ids=["picked", "contracted"])
+@pytest.mark.parametrize("piece", [1 << 24, 100], ids=["whole", "example by example"])
+def test_candidates_are_measured_and_the_rest_is_scaled(largest_side, candidates, cost, piece, monkeypatch):
+    monkeypatch.setattr("trak.projection.turning.PICK_COST", cost)
+    monkeypatch.setattr("trak.projection.turning.PIECE_ENTRIES", piece)
+    batches = drawn_batches()
+    gradients_NP, weights_N = gradients_and_weights(batches)
+    found = fitted(batches, FactorOptions("ekfac", None, largest_side, candidates))
+    expected = reference_factors(
+        gradients_NP, weights_N, SHAPES, largest_side=largest_side, candidates=candidates
+    )
+    every = reference_factors(gradients_NP, weights_N, SHAPES, largest_side=largest_side)
+    for name in SHAPES:
+        values_RC = found[name].eigenvalues
+        torch.testing.assert_close(values_RC, expected[name].eigenvalues, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(values_RC.sum(), every[name].eigenvalues.sum())
+        assert (values_RC >= 0).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.integers(1, 131), st.integers(1, 20))
+def test_few_candidates_keep_every_parameters_sum(seed, candidates, count):
+    blocks = example_blocks(count, seed=seed)
+    weights_N = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
+    some = fitted([(blocks, weights_N)], FactorOptions("ekfac", None, 2048, candidates))
+    every = fitted([(blocks, weights_N)])
+    same = 0
+    for name in SHAPES:
+        torch.testing.assert_close(some[name].eigenvalues.sum(), every[name].eigenvalues.sum())
+        gaps = (some[name].eigenvalues - every[name].eigenvalues).abs()
+        same += int((gaps <= 1e-9 * every[name].eigenvalues.max()).sum())
+    assert same >= candidates
+
+
+def test_only_what_may_be_kept_is_turned(monkeypatch):
+    """The second pass of a projection to few columns never turns a whole gradient."""
+    wide = {"p": (60, 50)}
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(5, 1, 4, size, generator=generator) for size in (60, 50))
+    batches = [([OuterBlock("p", (60, 50), left, right)], torch.ones(5))]
+    options = trak.Eigenbasis(10).factor_options
+    assert options.candidates == 40
+    assert trak.Whitened(trak.Sparse(10)).factor_options.candidates is None
+    every = fitted(batches, OPTIONS, wide)["p"].eigenvalues
+
+    def never(*args):
+        raise AssertionError("a whole gradient is turned")
+
+    monkeypatch.setattr("trak.projection.turning.PICK_COST", 0)
+    monkeypatch.setattr("trak.projection.turning.turn", never)
+    monkeypatch.setattr("trak.projection.moments.turn", never)
+    found = fitted(batches, options, wide)["p"].eigenvalues
+    assert ((found - every).abs() < 1e-9).sum() >= 40
+    # Of four times as many the kept ones are among the largest.
+    assert found.flatten().topk(10).values.sum() > 0.9 * every.flatten().topk(10).values.sum()
 
 
 @pytest.mark.parametrize("dim", [1, 13, 60, 132])
@@ -258,19 +317,32 @@ def test_a_long_side_takes_no_square_of_it(monkeypatch):
     assert max(sizes, default=0) < 1000
 
 
-def test_without_damping_every_entry_has_a_mean_square_of_one():
+@pytest.mark.parametrize("whitening", [0, 0.05, 1])
+def test_mean_squares_are_one_but_for_the_damping(whitening):
     batches = drawn_batches(count=40)
     factors = fitted(batches)
-    state = trak.Eigenbasis(30, whitening=0).init(SHAPES, factors=factors, dtype=torch.float64)
+    projection = trak.Eigenbasis(30, whitening=whitening)
+    state = projection.init(SHAPES, factors=factors, dtype=torch.float64)
     features = []
     for blocks, _ in batches:
         features.append(state.zeros(5))
         for block in blocks:
-            trak.Eigenbasis(30, whitening=0).add(state, block, features[-1])
+            projection.add(state, block, features[-1])
     weights_N = torch.cat([weights_B for _, weights_B in batches])
     squares_K = weights_N @ torch.cat(features) ** 2 / weights_N.sum()
-    # Within the floor.
-    torch.testing.assert_close(squares_K, torch.ones_like(squares_K), rtol=1e-3, atol=0)
+    values_P = torch.cat([factors[name].eigenvalues.flatten() for name in SHAPES])
+    means_P = torch.cat(
+        [
+            torch.full((prod(shape),), float(factors[name].eigenvalues.mean()))
+            for name, shape in SHAPES.items()
+        ]
+    )
+    order_K = values_P.argsort(descending=True, stable=True)[:30]
+    kept_K = values_P[order_K]
+    damping_K = (whitening * means_P[order_K] + factors["scale"].floor).clamp_min(float(kept_K[-1]))
+    torch.testing.assert_close(squares_K, kept_K / (kept_K + damping_K), rtol=1e-6, atol=0)
+    # The last one that is kept is halved at least.
+    assert squares_K.min() <= 0.5 + 1e-9
 
 
 def test_features_are_in_descending_order_and_fewer_are_a_part():

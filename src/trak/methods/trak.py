@@ -14,6 +14,7 @@ from trak._version import __version__
 from trak.datasets import as_rows
 from trak.errors import InputError
 from trak.methods.base import Attributor, FittedAttributor
+from trak.methods.damping import damping_for
 from trak.methods.runs import Run, RunOptions, featurize_targets, start_run
 from trak.methods.weights import member_weights, resolve_curvature, resolve_exponent, trajectory_weights
 from trak.pipeline import fit, leverages, score, self_influence
@@ -55,7 +56,7 @@ class TRAK(RunOptions, Attributor):
         Raises:
             TrakError: anything wrong with the arguments, the checkpoints, the gradients or the store.
         """
-        damping = resolve_damping(self.damping)
+        resolve_damping(self.damping)  # raises before anything is computed
         self._check()
         task = resolve_task(self.task)
         exponent = resolve_exponent(
@@ -63,6 +64,7 @@ class TRAK(RunOptions, Attributor):
         )
         curvature = resolve_curvature(self.gram, task, exponent)
         run = start_run(self, train_set, checkpoints)
+        damping = damping_for(self.damping, run.setting.projection)
         groups = column_groups(run, self.preconditioner)
         fits: dict[str, Any] = {
             "num_checkpoints": len(run.model_ids),

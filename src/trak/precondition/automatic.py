@@ -33,7 +33,8 @@ class AutomaticDamping(Damping):
 
     Attributes:
         share: the larger, the less damping by the trace.
-        directions: the larger, the less damping by the effective dimension; None for no bound on it.
+        directions: the larger, the less damping by the effective dimension; None for no bound on it. 4 is for random columns; with "auto" the leading
+            entries of `Eigenbasis` get 2.5 (design/whitening.md).
     """
 
     share: float = 1000.0

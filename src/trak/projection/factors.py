@@ -12,6 +12,9 @@ all layers are treated alike: for a layer with one position, inputs a and output
 matrix of one column, and its factors are all of its covariance. A side longer than `largest_side` (an embedding's vocabulary) is not
 turned; there K-FAC has EK-FAC's Λ.
 
+Where a projection keeps few entries, only so many have to be measured: K-FAC's Λ says which may be among them (`FactorOptions.candidates`), and
+stays for the others, scaled so that the parameter's sum, which is the trace of either moment, is what it was.
+
 Shape legend: R rows and C columns of a parameter as a matrix, k of its entries.
 """
 
@@ -40,11 +43,14 @@ class FactorOptions:
         kind: "ekfac" or "kfac".
         sample: training rows that they are fitted to, None for all.
         largest_side: a longer side of a parameter is not turned.
+        candidates: of EK-FAC: Λ is measured for so many entries, those with K-FAC's largest over all parameters (of a side that is not turned with
+            the diagonal of its moment); None, or no fewer than there are entries: for all.
     """
 
     kind: str
     sample: int | None
     largest_side: int
+    candidates: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +69,12 @@ class Factors:
     eigenvalues: Tensor
     floor: float = 0.0
 
-    def scale(self, whitening: float | None) -> Tensor:
-        """1 / sqrt(Λ + λ), [R, C], with λ = whitening · mean(Λ) + floor; ones for None."""
+    def scale(self, whitening: float | None, *, least: float = 0.0) -> Tensor:
+        """1 / sqrt(Λ + λ), [R, C], with λ = whitening · mean(Λ) + floor, or `least` if that is more; ones for None."""
         if whitening is None:
             return torch.ones_like(self.eigenvalues)
-        return (self.eigenvalues + whitening * self.eigenvalues.mean() + self.floor).rsqrt()
+        damping = whitening * self.eigenvalues.mean() + self.floor
+        return (self.eigenvalues + damping.clamp_min(least)).rsqrt()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
         """The factors on a device, in a dtype."""

@@ -48,12 +48,17 @@ class FittedProjection(Projection):
     @property
     def version(self) -> int:
         """Version of how factors are fitted and used."""
-        return 1
+        return 2
+
+    @property
+    @abstractmethod
+    def candidates(self) -> int | None:
+        """Entries whose mean squares are measured (`FactorOptions.candidates`)."""
 
     @property
     def factor_options(self) -> FactorOptions:
         """How its factors are fitted."""
-        return FactorOptions(self.factors, self.sample, self.largest_side)
+        return FactorOptions(self.factors, self.sample, self.largest_side, self.candidates)
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the numbers, but for the factors; kinds add what they have besides."""

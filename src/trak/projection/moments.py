@@ -9,7 +9,10 @@
             squares.add(blocks, weights_B)
     factors = squares.factors()
 
-Memory: R² + C² numbers for each parameter's moments and as many for its eigenvectors, R·C for its eigenvalues.
+Memory: R² + C² numbers for each parameter's moments and as many for its eigenvectors, R·C for its eigenvalues. Of a side that is not turned
+only the diagonal of the moment is needed.
+
+Turning whole gradients is most of the work, several times that of the first pass; of `FactorOptions.candidates` entries it is little.
 
 Shape legend: B examples, T positions, R rows and C columns of a parameter, u rows of a table.
 """
@@ -26,25 +29,27 @@ from torch import Tensor
 from trak.blocks import Block, IndexBlock, OuterBlock
 from trak.errors import ProjectionError
 from trak.projection.base import Shapes
+from trak.projection.entries import Entries
 from trak.projection.factors import FactorOptions, Factors, matrix_shape, with_floor
+from trak.projection.leading import largest
 from trak.projection.pieces import is_large_table, table_pieces, upcast
 from trak.projection.turning import Side, example_pieces, full_sides, turn
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """First pass: Σ w M Mᵀ [R, R] and Σ w MᵀM [C, C] of each parameter; None for a side that is not turned.
+    """First pass: Σ w M Mᵀ [R, R] and Σ w MᵀM [C, C] of each parameter, or the diagonal for a side that is not turned.
 
     Attributes:
         options: how factors are fitted.
         shapes: parameters as matrices.
-        sides: name to (rows, columns).
+        sides: name to (rows, columns); None for the columns of a vector.
         total: Σ w, [].
     """
 
     options: FactorOptions
     shapes: Mapping[str, tuple[int, int]]
-    sides: Mapping[str, tuple[Tensor | None, Tensor | None]]
+    sides: Mapping[str, tuple[Tensor, Tensor | None]]
     total: Tensor
 
     @classmethod
@@ -54,15 +59,12 @@ class Moments:
         """Nothing added up yet; sums in float32 or float64."""
         matrices = {name: matrix_shape(shape) for name, shape in shapes.items()}
 
-        def side(size: int, is_turned: bool) -> Tensor | None:
-            return torch.zeros(size, size, device=device, dtype=dtype) if is_turned else None
+        def side(size: int) -> Tensor:
+            shape = (size, size) if size <= options.largest_side else (size,)
+            return torch.zeros(shape, device=device, dtype=dtype)
 
         sides = {
-            name: (
-                side(rows, rows <= options.largest_side),
-                # A vector has no columns to turn.
-                side(columns, 1 < columns <= options.largest_side),
-            )
+            name: (side(rows), side(columns) if columns > 1 else None)
             for name, (rows, columns) in matrices.items()
         }
         return cls(options, matrices, sides, torch.zeros((), device=device, dtype=dtype))
@@ -85,21 +87,30 @@ class Moments:
                 f"the weights of the examples that factors are fitted to sum to {float(self.total)}, expected a finite number above 0"
             )
         factors, products = {}, {}
-        for name, (rows_RR, columns_CC) in self.sides.items():
-            values_R, basis_RR = _eigenvectors(rows_RR, self.total, name)
-            values_C, basis_CC = _eigenvectors(columns_CC, self.total, name)
+        entries = sum(rows * columns for rows, columns in self.shapes.values())
+        candidates = self.options.candidates
+        measures_all = self.options.kind == "ekfac" and (candidates is None or candidates >= entries)
+        for name, (rows, columns) in self.sides.items():
+            values_R, basis_RR = _eigenvectors(rows, self.total, name)
+            values_C, basis_CC = (None, None) if columns is None else _eigenvectors(columns, self.total, name)
             eigenvalues_RC = self.total.new_zeros(self.shapes[name])
             factors[name] = Factors(basis_RR, basis_CC, eigenvalues_RC)
-            if self.options.kind == "kfac" and values_R is not None:
-                if self.shapes[name][1] == 1:
-                    products[name] = values_R.unsqueeze(1)
-                elif values_C is not None:
-                    products[name] = torch.outer(values_R, values_C) / values_C.sum().clamp_min(
-                        torch.finfo(values_C.dtype).tiny
-                    )
+            is_turned = basis_RR is not None and (values_C is None or basis_CC is not None)
+            if measures_all or not (is_turned or self.options.kind == "ekfac"):
+                continue
+            products[name] = values_R.unsqueeze(1)
+            if values_C is not None:
+                sum_C = values_C.sum().clamp_min(torch.finfo(values_C.dtype).tiny)
+                products[name] = torch.outer(values_R, values_C) / sum_C
         for name, product_RC in products.items():
             factors[name].eigenvalues.copy_(product_RC)
-        return Squares(factors, frozenset(factors) - products.keys(), torch.zeros_like(self.total))
+        chosen = {}
+        if self.options.kind == "ekfac" and candidates is not None and not measures_all:
+            # A vector's product is its mean squares.
+            matrices = {name: product for name, product in products.items() if product.shape[1] > 1}
+            chosen = _candidates(matrices, factors, candidates)
+        needed = frozenset(factors) - (products.keys() - chosen.keys())
+        return Squares(factors, needed, torch.zeros_like(self.total), chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,21 +118,27 @@ class Squares:
     """Second pass: Λ = E[ρ (UᵀMV)²].
 
     Attributes:
-        found: name to factors; eigenvalues of those in `needed` are sums, not divided yet.
-        needed: parameters whose eigenvalues are the mean squares.
+        found: name to factors; eigenvalues of those in `needed` that are measured as a whole are sums, not divided yet.
+        needed: parameters whose eigenvalues are measured.
         total: Σ w, [].
+        candidates: of those of which some entries are: which, and Σ w (UᵀMV)² [k].
     """
 
     found: Mapping[str, Factors]
     needed: frozenset[str]
     total: Tensor
+    candidates: Mapping[str, tuple[Entries, Tensor]]
     _sides: dict[str, tuple[Side, Side]] = field(default_factory=dict)
 
     def add(self, blocks: Mapping[str, Block], weights_B: Tensor) -> None:
         """Add a batch's gradients, each with a weight ≥ 0."""
         weights_B = weights_B.to(self.total)
         for name, block in blocks.items():
-            if name in self.needed:
+            if name in self.candidates:
+                entries, sums_k = self.candidates[name]
+                for examples, picked_Bk in entries.pieces(upcast(block, self.total.dtype)):
+                    sums_k += weights_B[examples] @ picked_Bk.square()
+            elif name in self.needed:
                 if name not in self._sides:
                     self._sides[name] = full_sides(self.found[name])
                 block = upcast(block, self.total.dtype)
@@ -134,73 +151,102 @@ class Squares:
         Raises:
             ProjectionError: gradients that are not finite, or all zero.
         """
-        for name in self.needed:
+        for name in self.needed - self.candidates.keys():
             self.found[name].eigenvalues.div_(self.total)
+        for name, (entries, sums_k) in self.candidates.items():
+            _replace(self.found[name].eigenvalues.view(-1), entries.flat_k, sums_k / self.total)
         return with_floor(self.found)
 
 
-def _eigenvectors(
-    moment_SS: Tensor | None, total: Tensor, name: str
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """(eigenvalues [S] ≥ 0 in ascending order, eigenvectors [S, S]) in float64 and the moment's dtype.
+def _candidates(
+    products: Mapping[str, Tensor], factors: Mapping[str, Factors], count: int
+) -> dict[str, tuple[Entries, Tensor]]:
+    """The `count` entries of all parameters with the largest products, and a sum for each that is zero."""
+    found: dict[str, tuple[Entries, Tensor]] = {}
+    if not products:
+        return found
+    values_P = torch.cat([product.flatten() for product in products.values()])
+    flat_K, first = largest(values_P, min(count, len(values_P))).sort().values, 0
+    for name, product in products.items():
+        own_k = flat_K[(flat_K >= first) & (flat_K < first + product.numel())] - first
+        first += product.numel()
+        if len(own_k):
+            found[name] = Entries.of(factors[name], own_k), product.new_zeros(len(own_k))
+    return found
+
+
+def _replace(values_P: Tensor, flat_k: Tensor, measured_k: Tensor) -> None:
+    """Put in what was measured, and scale the rest so that the sum is what it was."""
+    total = values_P.sum()
+    rest = total - values_P[flat_k].sum()
+    if len(flat_k) < len(values_P) and rest > 0:
+        values_P *= ((total - measured_k.sum()) / rest).clamp_min(0)
+    values_P[flat_k] = measured_k
+
+
+def _eigenvectors(moment: Tensor, total: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+    """(eigenvalues [S] ≥ 0 in ascending order, eigenvectors [S, S]) of a moment [S, S]; a diagonal [S] as it is, and None.
 
     Of each eigenvector the entry of largest magnitude is positive: one thing less that depends on the library.
     """
-    if moment_SS is None:
-        return None, None
-    if not moment_SS.isfinite().all():
+    if not moment.isfinite().all():
         raise ProjectionError(
             f"gradients of parameter {name!r} are NaN or infinite for some of the rows that factors are fitted to: look at the model's "
             "outputs there; a model in float16 may overflow: try dtype=torch.float32"
         )
+    if moment.ndim == 1:
+        return moment / total, None
     # On MPS there is no float64.
-    device = torch.device("cpu") if moment_SS.device.type == "mps" else moment_SS.device
-    values_S, vectors_SS = torch.linalg.eigh(moment_SS.to(device).double() / total.to(device).double())
+    device = torch.device("cpu") if moment.device.type == "mps" else moment.device
+    values_S, vectors_SS = torch.linalg.eigh(moment.to(device).double() / total.to(device).double())
     largest_S = vectors_SS.gather(0, vectors_SS.abs().argmax(0, keepdim=True))
     vectors_SS = vectors_SS * torch.where(largest_S < 0, -1.0, 1.0)
-    return values_S.clamp_min(0).to(total.device, total.dtype), vectors_SS.to(moment_SS)
+    return values_S.clamp_min(0).to(total.device, total.dtype), vectors_SS.to(moment)
 
 
-def _add_moments(block: Block, weights_B: Tensor, rows_RR: Tensor | None, columns_CC: Tensor | None) -> None:
-    """Add Σ_b w_b M_b M_bᵀ and Σ_b w_b M_bᵀ M_b."""
-    rows, columns = block.matrix_shape
+def _add_moments(block: Block, weights_B: Tensor, rows: Tensor, columns: Tensor | None) -> None:
+    """Add Σ_b w_b M_b M_bᵀ and Σ_b w_b M_bᵀ M_b, or their diagonals."""
+    height, width = block.matrix_shape
     roots_B11 = weights_B.sqrt()[:, None, None]
     if isinstance(block, OuterBlock) and block.left.shape[1] == 1 and _stays_factored(block):
         left_BTR, right_BTC = block.left[:, 0] * roots_B11, block.right[:, 0]
         # M Mᵀ = leftᵀ (right rightᵀ) left, and T × T is small.
-        if rows_RR is not None:
-            inner_BTR = right_BTC @ right_BTC.transpose(1, 2) @ left_BTR
-            rows_RR += inner_BTR.reshape(-1, rows).T @ left_BTR.reshape(-1, rows)
-        if columns_CC is not None:
-            inner_BTC = left_BTR @ left_BTR.transpose(1, 2) @ right_BTC
-            columns_CC += inner_BTC.reshape(-1, columns).T @ right_BTC.reshape(-1, columns)
+        _add_products(right_BTC @ right_BTC.transpose(1, 2) @ left_BTR, left_BTR, rows)
+        if columns is not None:
+            _add_products(left_BTR @ left_BTR.transpose(1, 2) @ right_BTC, right_BTC, columns)
         return
-    if isinstance(block, IndexBlock) and (rows_RR is None or is_large_table(block)):
-        _add_table_moments(block, roots_B11, rows_RR, columns_CC)
+    if isinstance(block, IndexBlock) and (rows.ndim == 1 or is_large_table(block)):
+        _add_table_moments(block, roots_B11, rows, columns)
         return
     for examples, piece in example_pieces(block, prod(block.shape)):
-        matrices_BRC = piece.dense().reshape(-1, rows, columns) * roots_B11[examples]
-        if rows_RR is not None:
-            by_row_Rn = matrices_BRC.permute(1, 0, 2).reshape(rows, -1)
-            rows_RR += by_row_Rn @ by_row_Rn.T
-        if columns_CC is not None:
-            by_column_nC = matrices_BRC.reshape(-1, columns)
-            columns_CC += by_column_nC.T @ by_column_nC
+        matrices_BRC = piece.dense().reshape(-1, height, width) * roots_B11[examples]
+        _add_products(matrices_BRC.transpose(1, 2), matrices_BRC.transpose(1, 2), rows)
+        if columns is not None:
+            _add_products(matrices_BRC, matrices_BRC, columns)
 
 
-def _add_table_moments(
-    block: IndexBlock, roots_B11: Tensor, rows_RR: Tensor | None, columns_CC: Tensor | None
-) -> None:
+def _add_products(one_BnS: Tensor, other_BnS: Tensor, out: Tensor) -> None:
+    """Add Σ_bn one other, [S, S] or its diagonal."""
+    if out.ndim == 1:
+        out += (one_BnS * other_BnS).sum((0, 1))
+        return
+    one_mS = one_BnS.reshape(-1, one_BnS.shape[2])
+    out += one_mS.T @ (one_mS if one_BnS is other_BnS else other_BnS.reshape(-1, other_BnS.shape[2]))
+
+
+def _add_table_moments(block: IndexBlock, roots_B11: Tensor, rows: Tensor, columns: Tensor | None) -> None:
     """The same for an embedding's block, one example's rows of the table at a time where rows are turned."""
-    if columns_CC is not None:
-        for _, values_BuC in table_pieces(block):
-            weighted_nC = (values_BuC * roots_B11).reshape(-1, values_BuC.shape[2])
-            columns_CC += weighted_nC.T @ weighted_nC
-    if rows_RR is not None:
+    for rows_u, values_BuC in table_pieces(block) if columns is not None or rows.ndim == 1 else ():
+        weighted_BuC = values_BuC * roots_B11
+        if columns is not None:
+            _add_products(weighted_BuC, weighted_BuC, columns)
+        if rows.ndim == 1:
+            rows.index_add_(0, rows_u, weighted_BuC.square().sum((0, 2)))
+    if rows.ndim == 2:
         for indices_T, values_TC in zip(block.indices, block.values * roots_B11):
             products_TT = values_TC @ values_TC.T
             pairs = (indices_T[:, None].expand_as(products_TT), indices_T[None].expand_as(products_TT))
-            rows_RR.index_put_(pairs, products_TT, accumulate=True)
+            rows.index_put_(pairs, products_TT, accumulate=True)
 
 
 def _stays_factored(block: OuterBlock) -> bool:

@@ -64,6 +64,11 @@ class Whitened(FittedProjection):
         """`"whitened"`."""
         return "whitened"
 
+    @property
+    def candidates(self) -> None:
+        """None: every entry counts."""
+        return None
+
     def columns(self, shapes: Shapes) -> tuple[Columns, ...]:
         """Those of the inner projection."""
         return self.inner.columns(shapes)

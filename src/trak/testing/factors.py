@@ -19,11 +19,17 @@ from trak.projection.factors import FLOOR, matrix_shape
 
 
 def reference_factors(
-    gradients_NP: Tensor, weights_N: Tensor, shapes: Shapes, *, kind: str = "ekfac", largest_side: int = 2048
+    gradients_NP: Tensor,
+    weights_N: Tensor,
+    shapes: Shapes,
+    *,
+    kind: str = "ekfac",
+    largest_side: int = 2048,
+    candidates: int | None = None,
 ) -> dict[str, Factors]:
     """The factors of every parameter from dense gradients, parameters side by side in the order of `shapes`."""
     weights_N = (weights_N / weights_N.sum()).to(gradients_NP)
-    found, first = {}, 0
+    found, products, first = {}, {}, 0
     for name, shape in shapes.items():
         rows, columns = matrix_shape(shape)
         matrices_NRC = gradients_NP[:, first : first + rows * columns].reshape(-1, rows, columns)
@@ -37,11 +43,35 @@ def reference_factors(
         basis_CC = torch.eye(columns).to(basis_CC) if is_long[1] else basis_CC
         turned_NRC = basis_RR.T @ matrices_NRC @ basis_CC
         eigenvalues_RC = torch.einsum("n,nrc->rc", weights_N, turned_NRC**2)
-        if kind == "kfac" and not any(is_long):
-            eigenvalues_RC = torch.outer(values_R, values_C) / values_C.sum()
+        if kind == "ekfac" or not any(is_long):
+            values_R = moment_RR.diagonal() if is_long[0] else values_R
+            values_C = moment_CC.diagonal() if is_long[1] else values_C
+            products[name] = torch.outer(values_R, values_C) / values_C.sum()
         found[name] = Factors(basis_RR, basis_CC, eigenvalues_RC)
+    if kind == "kfac":
+        found |= {name: replace(found[name], eigenvalues=product) for name, product in products.items()}
+    elif candidates is not None and candidates < gradients_NP.shape[1]:
+        found |= _with_candidates(found, products, candidates)
     mean = torch.cat([one.eigenvalues.flatten() for one in found.values()]).mean()
     return {name: replace(one, floor=FLOOR * float(mean)) for name, one in found.items()}
+
+
+def _with_candidates(
+    found: Mapping[str, Factors], products: Mapping[str, Tensor], count: int
+) -> dict[str, Factors]:
+    """Λ of the `count` entries with the largest products, and for the others the products, scaled so that each parameter's sum stays."""
+    matrices = {name: product for name, product in products.items() if product.shape[1] > 1}
+    every_P = torch.cat([product.flatten() for product in matrices.values()])
+    least = every_P.sort(descending=True).values[min(count, len(every_P)) - 1]
+    mixed = {}
+    for name, product_RC in matrices.items():
+        measured_RC, is_measured_RC = found[name].eigenvalues, product_RC >= least
+        rest_RC = torch.where(is_measured_RC, 0, product_RC)
+        left = measured_RC.sum() - measured_RC[is_measured_RC].sum()
+        if rest_RC.sum() > 0:
+            rest_RC = rest_RC * (left / rest_RC.sum())
+        mixed[name] = replace(found[name], eigenvalues=torch.where(is_measured_RC, measured_RC, rest_RC))
+    return mixed
 
 
 def reference_features(
@@ -52,7 +82,10 @@ def reference_features(
     dim: int | None = None,
     whitening: float | None = 1.0,
 ) -> Tensor:
-    """UᵀMV / sqrt(Λ + λ) of every parameter, [N, P], or the `dim` entries with the largest Λ, in descending order."""
+    """UᵀMV / sqrt(Λ + λ) of every parameter, [N, P], or the `dim` entries with the largest Λ, in descending order, λ being no less than those."""
+    eigenvalues_P = torch.cat([factors[name].eigenvalues.flatten() for name in shapes])
+    order_P = eigenvalues_P.argsort(descending=True, stable=True)[:dim]
+    least = float(eigenvalues_P[order_P[-1]])
     parts, first = [], 0
     for name, shape in shapes.items():
         rows, columns = matrix_shape(shape)
@@ -62,13 +95,11 @@ def reference_features(
         assert own.rows is not None and own.columns is not None
         turned_NRC = own.rows.T @ matrices_NRC @ own.columns
         if whitening is not None:
-            damping = whitening * own.eigenvalues.mean() + own.floor
+            damping = max(whitening * float(own.eigenvalues.mean()) + own.floor, least)
             turned_NRC = turned_NRC / (own.eigenvalues + damping).sqrt()
         parts.append(turned_NRC.flatten(1))
     features_NP = torch.cat(parts, 1)
-    eigenvalues_P = torch.cat([factors[name].eigenvalues.flatten() for name in shapes])
-    order_P = eigenvalues_P.argsort(descending=True, stable=True)
-    return features_NP if dim is None else features_NP[:, order_P[:dim]]
+    return features_NP if dim is None else features_NP[:, order_P]
 
 
 def reference_kernel(
