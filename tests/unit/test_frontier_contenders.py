@@ -110,12 +110,24 @@ def test_large_models_are_projected():
     assert "not projected" in small["trak"].label
 
 
-def test_gradients_that_would_fill_the_disk_are_refused(made):
-    huge = torch.nn.Linear(1 << 16, 1 << 16, device="meta")
-    problem = dataclasses.replace(made[0], model=huge)
+def test_conjugate_gradients_solve_where_there_are_fewer_numbers(made):
+    def settings(model):
+        problem = dataclasses.replace(made[0], model=model)
+        (contender,) = choose_contenders(built_in_contenders(problem), ["influence-cg"])
+        assert contender.make(trak.frontier.Trial(problem=problem)).space == contender.settings["space"]
+        return contender.settings["space"]
+
+    assert settings(torch.nn.Linear(N - 1, 1, bias=False)) == "parameters"
+    assert settings(torch.nn.Linear(N + 1, 1, bias=False)) == "gradients"
+
+
+def test_gradients_that_would_fill_the_memory_are_a_failed_point(made, tmp_path, monkeypatch):
+    problem, bank = made
     (contender,) = choose_contenders(built_in_contenders(problem), ["influence-cg"])
-    with pytest.raises(InputError, match=r"GiB.*parameters="):
-        contender.make(trak.frontier.Trial(problem=problem))
+    monkeypatch.setattr("trak.methods.runs.available_memory", lambda: 1000)
+    monkeypatch.setattr("trak.methods.gram.available_memory", lambda: 1000)
+    found = run_frontier(problem, bank, [contender], training=TRAINING, folder=tmp_path, num_bootstrap=20)
+    assert "GiB of memory are free" in found.points[0].error
 
 
 def test_names_and_patterns(made):

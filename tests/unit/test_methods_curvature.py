@@ -13,7 +13,11 @@ from trak.methods.curvature import import_curvlinops, lent_loss
 from trak.methods.ekfac import EKFACInfluence, find_layers, precondition
 from trak.methods.gradient_passes import start_passes
 from trak.methods.influence_function import InfluenceFunction
-from trak.methods.lissa import LiSSAInfluence, lissa
+from trak.methods.lissa import LiSSAInfluence, draw_batch, lissa
+from trak.methods.outer_products import OuterProducts
+from trak.methods.samples import spread_rows
+from trak.methods.whole_gradients import WholeGradients
+from trak.pipeline import Projector, prepare
 
 N, T, LAMBDA = 24, 3, 0.05
 
@@ -23,6 +27,7 @@ def make(kind, count=2):
         "logistic": nn.Linear(3, 1),
         "regression": nn.Linear(3, 1),
         "softmax": nn.Linear(3, 4),
+        "two classes": nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)),
         "classifier": nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)),
         "images": nn.Sequential(
             nn.Conv2d(2, 3, 3, padding=1, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3, bias=False)
@@ -35,7 +40,7 @@ def make(kind, count=2):
     shape = (2, 4, 4) if kind == "images" else (3,)
     sets = []
     for n in (N, T):
-        labels = torch.randint({"logistic": 2}.get(kind, 3), (n,))
+        labels = torch.randint({"logistic": 2, "two classes": 2}.get(kind, 3), (n,))
         if kind == "regression":
             labels = torch.randn(n, dtype=torch.float64)
         sets.append((torch.randn(n, *shape, dtype=torch.float64), labels))
@@ -320,6 +325,22 @@ def test_few_eigenpairs_are_the_largest(hessian):
         assert min(attribution.info["eigenvalues"][0]) > 0
 
 
+def test_the_hessian_may_be_of_some_rows():
+    options, train, targets, checkpoints = make("classifier")
+    settings = {"rank": 5, "damping": 0.1, "tolerance": 1e-12}
+    rows = spread_rows(N, 9)
+    some = ArnoldiInfluence(**options, **settings, hessian_rows=9).fit(train, checkpoints)
+    alone = ArnoldiInfluence(**options, **settings).fit(tuple(part[rows] for part in train), checkpoints)
+    found, reference = some.attribute(targets), alone.attribute(targets)
+    assert found.info["hessian_rows"] == 9 and found.scores.shape == (N, T)
+    torch.testing.assert_close(
+        torch.tensor(found.info["eigenvalues"]), torch.tensor(reference.info["eigenvalues"])
+    )
+    # Scores are means over the training set: 1/N of the whole one.
+    expected = reference.scores.tensor() * 9 / N
+    torch.testing.assert_close(found.scores.tensor()[rows], expected, rtol=1e-7, atol=1e-10)
+
+
 def test_eigenpairs_that_cannot_be_had_are_refused():
     options, train, _, checkpoints = make("softmax", 1)
     with pytest.raises(trak.InputError, match="more than the 16 attributed parameters"):
@@ -359,6 +380,38 @@ def test_lissa_agrees_with_conjugate_gradients():
     )
 
 
+@pytest.mark.parametrize("kind", ["logistic", "regression", "two classes"])
+def test_outer_products_are_the_librarys_matrix(kind):
+    options, train, _, checkpoints = make(kind, 1)
+    passes = start_passes(LiSSAInfluence(**options), train, checkpoints)
+    (state,) = passes.states()
+    outer = OuterProducts(passes, state)
+    vectors = torch.randn(5, passes.num_parameters, dtype=torch.float64)
+    batch = prepare(passes.setting, tuple(part[[3, 3, 8, 1]] for part in train))
+    ours, added = outer.product(batch)(vectors), vectors.clone()
+    outer.product(batch).add(added, to=added, keep=0.5, factor=-2.0)
+    torch.testing.assert_close(added, 0.5 * vectors - 2 * ours)
+    mean = outer.mean_product(vectors)
+    with lent_loss(passes, state, "the test") as loss:
+        torch.testing.assert_close(ours, loss.product("gauss_newton", batch)(vectors))
+        torch.testing.assert_close(mean, loss.product("gauss_newton")(vectors))
+
+
+def test_either_way_lissa_steps_alike(monkeypatch):
+    options, train, targets, checkpoints = make("two classes")
+    method = LiSSAInfluence(**options, depth=30, batch=4, repeats=2)
+    fast = method.fit(train, checkpoints).attribute(targets)
+    used = []
+    monkeypatch.setattr(
+        "trak.methods.lissa.OuterProducts", lambda *given: used.append(given) or pytest.fail("used")
+    )
+    monkeypatch.setattr("trak.methods.lissa.MOST_PREDICTIONS", 0)
+    slow = method.fit(train, checkpoints).attribute(targets)
+    assert not used
+    torch.testing.assert_close(fast.scores.tensor(), slow.scores.tensor())
+    torch.testing.assert_close(torch.tensor(fast.info["residuals"]), torch.tensor(slow.info["residuals"]))
+
+
 def test_draws_average_out():
     options, train, targets, checkpoints = make("logistic", 1)
     exact = scores(InfluenceFunction(**options, damping=0.2), train, targets, checkpoints)
@@ -383,6 +436,33 @@ def test_divergence_says_what_would_converge():
     rhs = torch.ones(1, 2, dtype=torch.float64)
     with pytest.raises(trak.SingularGramError, match=r"eigenvalue of -0\.\d+ or below: set damping="):
         lissa(iter([lambda v: v @ matrix] * 200), rhs, damping=0.1, scale=2.0, where="here")
+
+
+def test_the_automatic_scale_is_the_largest_eigenvalue_of_some_draws(monkeypatch):
+    options, train, targets, checkpoints = make("two classes", 1)
+    large = 20 * train[0], train[1]  # far beyond the authors' scale
+    with pytest.raises(trak.SingularGramError, match=r"diverges with scale=0\.5"):
+        LiSSAInfluence(**options, scale=0.5, depth=30).fit(large, checkpoints).attribute(targets)
+    method = LiSSAInfluence(**options, scale="auto", depth=30, batch=4)
+    fitted = method.fit(large, checkpoints)
+    (fast,) = fitted.attribute(targets).info["scales"]
+    passes = fitted.passes
+    (state,) = passes.states()
+    outer, generator = OuterProducts(passes, state), torch.Generator().manual_seed(0)
+    eye = torch.eye(passes.num_parameters, dtype=torch.float64)
+    largest = max(
+        float(
+            torch.linalg.eigvalsh(
+                outer.product(prepare(passes.setting, draw_batch(passes.train, 4, generator)))(eye)
+            )[-1]
+        )
+        for _ in range(8)
+    )
+    assert fast == pytest.approx(max(10, largest + method.damping))
+    monkeypatch.setattr("trak.methods.lissa.MOST_PREDICTIONS", 0)
+    assert fitted.attribute(targets).info["scales"] == pytest.approx([fast], rel=1e-3)
+    # Small ones keep the authors' ten.
+    assert method.fit(train, checkpoints).attribute(targets).info["scales"] == [10.0]
 
 
 def test_lissa_needs_random_access():
@@ -430,6 +510,7 @@ def test_shared_settings_are_checked(method, settings, message):
         (EKFACInfluence, {"damping": 0.1}, "RelativeDamping"),
         (ArnoldiInfluence, {"hessian": "fisher"}, "hessian must be"),
         (ArnoldiInfluence, {"rank": 0}, "rank must be"),
+        (ArnoldiInfluence, {"hessian_rows": 0}, "hessian_rows must be"),
         (ArnoldiInfluence, {"damping": math.nan}, "damping must be"),
         (ArnoldiInfluence, {"tolerance": 1.0}, "tolerance must lie"),
         (LiSSAInfluence, {"hessian": "fisher"}, "hessian must be"),
@@ -518,3 +599,35 @@ def test_gradients_come_in_the_order_of_the_operators_vectors():
         gradient, _ = loss.operator("exact").gradient_and_loss()
     flat = torch.cat([part.flatten() for part in gradient])
     torch.testing.assert_close(flat, -(own.weights[:, None] * own.values).mean(0))
+
+
+def test_whole_gradients_are_the_projectors():
+    options, train, _, checkpoints = make("images", 1)
+    passes = start_passes(LiSSAInfluence(**options), train, checkpoints)
+    (state,) = passes.states()
+    gradients, reference = WholeGradients(passes.setting, state), Projector(passes.setting, state, 0)
+    kept = []
+    # The memory is made anew for the longer batch, and is too long for the last.
+    for rows in (slice(0, 5), slice(5, 12), slice(12, 14)):
+        batch = prepare(passes.setting, tuple(part[rows] for part in train))
+        (found, outputs), (expected, before) = gradients(batch, label="here"), reference(batch)
+        assert torch.equal(found, expected)
+        assert torch.equal(outputs.f, before.f) and torch.equal(outputs.q, before.q)
+        kept.append(gradients(batch, label="here")[0])
+    assert kept[2].data_ptr() == kept[1].data_ptr()
+
+
+def test_whole_gradients_must_be_finite():
+    options, train, _, checkpoints = make("regression", 1)
+    passes = start_passes(LiSSAInfluence(**options), train, checkpoints)
+    (state,) = passes.states()
+    gradients = WholeGradients(passes.setting, state)
+    # A sum that overflows is no sign: ∇f = (x, 1).
+    large = torch.full((2, 3), 1e308, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    small = {name: 1e-10 * value for name, value in state.items()}
+    assert WholeGradients(passes.setting, small)(large, label="here")[0].isfinite().all()
+    bad = torch.tensor([[1.0, 2.0, 3.0], [1.0, math.nan, 3.0]], dtype=torch.float64), large[1]
+    with pytest.raises(
+        trak.NonFiniteError, match=r"model outputs are NaN or infinite for 1 of 2 .* position 1"
+    ):
+        gradients(bad, label="here")

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 import trak
-from trak.methods.influence_function import InfluenceFunction, conjugate_gradients
+from trak.methods import gram
+from trak.methods.conjugate_gradients import conjugate_gradients
+from trak.methods.gradient_passes import start_passes
+from trak.methods.influence_function import InfluenceFunction
 
 N, T, LAMBDA = 30, 4, 0.05
 
@@ -150,6 +153,104 @@ def test_predicts_what_retraining_without_an_example_does():
         torch.testing.assert_close(change, scores[row], rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", ["logistic", "regression", "classifier"])
+def test_the_span_of_the_gradients_gives_the_dense_inverse(kind):
+    model, train, targets, checkpoints, task = make(kind)
+    settings = {"damping": LAMBDA, "tolerance": 1e-10, "batch_size": 8, "space": "gradients"}
+    method = InfluenceFunction(model=model, task=task, **settings)
+    attribution = method.fit(train, checkpoints).attribute(targets)
+    expected = dense(kind, model, train, targets, checkpoints, "gauss_newton")
+    torch.testing.assert_close(attribution.scores.tensor(), expected, rtol=1e-6, atol=1e-9)
+    assert attribution.info["space"] == "gradients"
+
+
+def wide(count=1):
+    """More parameters than examples, whose gradients are linearly independent: 20 → 8 → 3."""
+    model = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    states = [
+        {name: value + 0.3 * torch.randn_like(value) for name, value in model.state_dict().items()}
+        for _ in range(count)
+    ]
+    sets = [(torch.randn(n, 20, dtype=torch.float64), torch.randint(3, (n,))) for n in (N, T)]
+    return model, *sets, states
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-9])
+def test_solves_take_the_same_steps_in_either_space(tolerance):
+    # A loose tolerance stops early, where the solution depends on each step: the steps, not only their end, are the same.
+    model, train, targets, checkpoints = wide(2)
+    found = {
+        space: InfluenceFunction(
+            model=model,
+            task="image_classification",
+            damping=LAMBDA,
+            tolerance=tolerance,
+            batch_size=8,
+            space=space,
+        )
+        .fit(train, checkpoints)
+        .attribute(targets)
+        for space in ("parameters", "gradients")
+    }
+    ours, reference = found["gradients"], found["parameters"]
+    torch.testing.assert_close(ours.scores.tensor(), reference.scores.tensor(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(ours.weights, reference.weights)
+    torch.testing.assert_close(ours.outputs, reference.outputs)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 29, 30, 100])
+def test_blocks_of_any_size_give_one_gram_matrix(rows_at_once):
+    model, train, _, checkpoints = wide()
+    passes = start_passes(
+        InfluenceFunction(model=model, task="image_classification", batch_size=4), train, checkpoints
+    )
+    (state,) = passes.states()
+    span = gram.training_span(passes, state, where="here", rows_at_once=rows_at_once)
+    own = passes.products(state, passes.train, label="training set")
+    torch.testing.assert_close(span.root @ span.root.T, own.values @ own.values.T, rtol=1e-9, atol=1e-10)
+    assert torch.equal(span.root, span.root.tril())
+    torch.testing.assert_close(span.weights, own.weights)
+    torch.testing.assert_close(span.outputs, own.outputs)
+    # Coordinates keep inner products with the gradients, and lengths.
+    vectors = torch.randn(T, own.values.shape[1], dtype=torch.float64)
+    inside = span.coordinates(own.values @ vectors.T, vectors.square().sum(1))
+    torch.testing.assert_close(inside[:, :N] @ span.root.T, vectors @ own.values.T, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(inside.norm(dim=1), vectors.norm(dim=1))
+
+
+def test_blocks_follow_the_memory(monkeypatch):
+    monkeypatch.setattr(gram, "available_memory", lambda: 4 * 10 * 1000)
+    assert gram.block_rows(25, 1000) == 9  # three blocks of ten at the most: equal ones
+    assert gram.block_rows(5, 1000) == 5
+    assert gram.block_rows(5, 10**6) == 1
+    monkeypatch.setattr(gram, "available_memory", lambda: None)
+    assert gram.block_rows(25, 1000) == 25
+    monkeypatch.setattr(gram, "available_memory", lambda: 1000)
+    model, train, _, checkpoints = wide()
+    method = InfluenceFunction(model=model, task="image_classification", space="gradients")
+    with pytest.raises(trak.InputError, match=r'inner products of 30 .* use space="parameters"'):
+        method.fit(train, checkpoints)
+
+
+def test_gradients_without_a_span_are_refused():
+    model, train, _, _ = wide()
+    zero = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    # The hidden units give zero and get zero back: without the last bias nothing has a gradient.
+    method = InfluenceFunction(
+        model=model,
+        task="image_classification",
+        space="gradients",
+        parameters=["0.*", "2.weight"],
+        check=False,
+    )
+    with pytest.raises(trak.SingularGramError, match="all training gradients are zero"):
+        method.fit(train, [zero])
+    with pytest.raises(trak.SingularGramError, match="without a root"):
+        gram._root(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 1e-7, "here")
+    with pytest.raises(trak.NonFiniteError, match="float64"):
+        gram._root(torch.full((2, 2), torch.inf), 1e-7, "here")
+
+
 def test_indefinite_matrices_and_too_few_steps_are_refused():
     matrix = torch.diag(torch.tensor([3.0, 1.0, -0.5], dtype=torch.float64))
     rhs = torch.ones(2, 3, dtype=torch.float64)
@@ -168,6 +269,9 @@ def test_indefinite_matrices_and_too_few_steps_are_refused():
     ("settings", "message"),
     [
         ({"hessian": "fisher"}, '"exact"; got'),
+        ({"space": "targets"}, "space must be"),
+        ({"space": "gradients", "hessian": "exact"}, "Gauss-Newton matrix and no other"),
+        ({"space": "gradients", "save_dir": "somewhere"}, "leave out save_dir"),
         ({"damping": -1.0}, "damping must be"),
         ({"tolerance": 0.0}, "tolerance must lie"),
         ({"projection": trak.Sparse(dim=4)}, "no projection"),

@@ -19,6 +19,7 @@ from trak.frontier.values import Contender, Problem, Trial
 from trak.gradients import select_parameters
 from trak.methods.arnoldi import ArnoldiInfluence
 from trak.methods.bm25 import BM25
+from trak.methods.damping import damping_for
 from trak.methods.datamodel import Datamodel
 from trak.methods.ekfac import EKFACInfluence
 from trak.methods.empirical_influence import EmpiricalInfluence
@@ -31,13 +32,13 @@ from trak.methods.representation_similarity import SIMILARITIES, RepresentationS
 from trak.methods.tracin import TracIn
 from trak.methods.trak import TRAK
 from trak.methods.weights import resolve_curvature, resolve_exponent
-from trak.precondition import RelativeDamping, resolve_damping
+from trak.precondition import RelativeDamping
 from trak.projection import Eigenbasis, Identity, Kronecker, Projection, Sparse
 from trak.tasks import resolve_task
 
 _REPRESENTATION_OPTIONS = ("device", "dtype", "batch_size", "trust_pickle", "progress")
-_LARGEST_GRADIENTS = 4 << 30
-"""Bytes of per-example gradients that conjugate gradients may keep on disk."""
+_HESSIAN_ROWS = 256
+"""Training examples whose exact Hessian's eigenpairs are sought: each of a hundred products differentiates all of them twice."""
 
 
 def built_in_contenders(problem: Problem) -> tuple[Contender, ...]:
@@ -79,7 +80,7 @@ def _trak(problem: Problem) -> list[Contender]:
         facts = {
             **settings,
             "projection": projection.fingerprint(),
-            "damping": resolve_damping(settings.get("damping", "auto")).fingerprint(),
+            "damping": damping_for(settings.get("damping", "auto"), projection).fingerprint(),
             "weight_exponent": exponent,
             "curvature_exponent": resolve_curvature(settings.get("gram"), task, exponent),
         }
@@ -223,14 +224,15 @@ def _influence(problem: Problem) -> list[Contender]:
             **options,
         )
 
-    solve: dict[str, Any] = {"damping": 1e-3, "tolerance": 1e-2}
-    series: dict[str, Any] = {"damping": 1e-2, "scale": 10.0, "depth": 300, "batch": 32}
-    leading: dict[str, Any] = {"rank": max(1, min(50, _num_parameters(problem) // 2))}
+    solve: dict[str, Any] = {"damping": 1e-3, "tolerance": 1e-2, "space": _solving_space(problem)}
+    series: dict[str, Any] = {"damping": 1e-2, "scale": "auto", "depth": 300, "batch": 32}
+    leading: dict[str, Any] = {
+        "rank": max(1, min(50, _num_parameters(problem) // 2)),
+        # One Lanczos run of about 2 × rank steps, as the authors' of a fixed number.
+        "tolerance": 0.1,
+        "hessian_rows": _HESSIAN_ROWS,
+    }
     kronecker: dict[str, Any] = {"damping": RelativeDamping(0.1)}
-
-    def conjugate(problem: Problem) -> InfluenceFunction:
-        _refuse_large(problem)
-        return InfluenceFunction(**_common(problem), **solve)
 
     return [
         one(
@@ -242,7 +244,14 @@ def _influence(problem: Problem) -> list[Contender]:
             is_slow=_num_parameters(problem) > 1_000_000,
             note="Linear and Conv2d layers only, unless the recipe chooses parameters",
         ),
-        one("cg", "conjugate gradients", conjugate, solve, is_slow=True, max_models=3),
+        one(
+            "cg",
+            "conjugate gradients",
+            lambda problem: InfluenceFunction(**_common(problem), **solve),
+            solve,
+            is_slow=True,
+            max_models=3,
+        ),
         one(
             "arnoldi",
             "Arnoldi",
@@ -325,12 +334,7 @@ def _is_kronecker(module: nn.Module) -> bool:
     )
 
 
-def _refuse_large(problem: Problem) -> None:
-    """Conjugate gradients read every example's whole gradient at each step."""
-    entries = _num_parameters(problem)
+def _solving_space(problem: Problem) -> str:
+    """Where conjugate gradients have fewer numbers: in the parameters, or in the span of the training gradients."""
     rows = as_rows(problem.train_set, what="train_set").num_rows
-    if 4 * entries * rows > _LARGEST_GRADIENTS:
-        raise InputError(
-            f"conjugate gradients keep {rows:,} × {entries:,} gradient entries, {4 * entries * rows / 2**30:.1f} GiB, and the frontier allows "
-            f"{_LARGEST_GRADIENTS >> 30} GiB: choose fewer parameters= in the recipe"
-        )
+    return "gradients" if rows < _num_parameters(problem) else "parameters"

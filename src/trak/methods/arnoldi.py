@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from trak.methods.base import Attributor, FittedAttributor
 from trak.methods.curvature import LentLoss, check_loss, import_curvlinops, lent_loss
 from trak.methods.gradient_passes import Passes, Products, about, start_passes
 from trak.methods.runs import RunOptions
+from trak.methods.samples import some_rows, spread_rows
 from trak.results import Attribution
 from trak.scores import ArrayScores
 
@@ -35,7 +36,8 @@ class ArnoldiInfluence(RunOptions, Attributor):
     What a gradient has outside of these directions, where the loss is flat and H⁻¹ would be largest, is dropped; the authors find that
     ten to a hundred or two eigenpairs rank best. Negative eigenvalues are kept, as they do. Eigenpairs come from the implicitly
     restarted Lanczos iteration of SciPy (ARPACK), each step of which reads the training set, rather than from one unrestarted Arnoldi
-    run as the authors': they are those of H to `tolerance`, not Ritz values of a given number of steps. Needs curvlinops and SciPy.
+    run as the authors': they are those of H to `tolerance`, not Ritz values of a given number of steps. Where that is too slow, H may be
+    the curvature of the loss on some of the training examples, as the authors' is. Needs curvlinops and SciPy.
 
     After fit() N × R numbers are kept for each checkpoint, and more targets cost a pass over themselves only. `save_dir`, `projection`
     and `feature_dtype` have no use.
@@ -47,6 +49,8 @@ class ArnoldiInfluence(RunOptions, Attributor):
         tolerance: of the eigenvalues, relative.
         max_iter: restarts, at the most.
         seed: of the first vector.
+        hessian_rows: training examples that H is taken of, one drawn from each of so many equal parts of the training set (the same for
+            every checkpoint); None for all of them. Scores are of all training examples in any case.
     """
 
     rank: int = 100
@@ -55,6 +59,7 @@ class ArnoldiInfluence(RunOptions, Attributor):
     tolerance: float = 1e-4
     max_iter: int = 100
     seed: int = 0
+    hessian_rows: int | None = None
 
     def fit(self, train_set: Any, checkpoints: Sequence[Any] | None = None) -> FittedArnoldiInfluence:
         """The eigenpairs at every checkpoint, and the training gradients' coefficients.
@@ -73,10 +78,12 @@ class ArnoldiInfluence(RunOptions, Attributor):
             raise InputError(
                 f"rank={self.rank} is more than the {passes.num_parameters} attributed parameters: take fewer eigenpairs"
             )
+        chosen = spread_rows(passes.train.num_rows, self.hessian_rows)
+        sampled = replace(passes, train=some_rows(passes.train, chosen))
         members = []
         for index, state in enumerate(passes.states()):
             where = f"checkpoint {index + 1} of {len(passes.sources)}"
-            with lent_loss(passes, state, "ArnoldiInfluence") as loss:
+            with lent_loss(sampled, state, "ArnoldiInfluence") as loss:
                 values_R, vectors_PR = self._eigenpairs(loss, passes.num_parameters, where)
             _check_divisors(values_R + self.damping, where)
             train = passes.products(state, passes.train, vectors_PR, label=f"Training gradients, {where}")
@@ -86,8 +93,10 @@ class ArnoldiInfluence(RunOptions, Attributor):
     def _check_settings(self) -> None:
         if self.hessian not in ("gauss_newton", "exact"):
             raise InputError(f'hessian must be "gauss_newton" or "exact"; got {self.hessian!r}')
-        for name in ("rank", "max_iter"):
+        for name in ("rank", "max_iter", "hessian_rows"):
             value = getattr(self, name)
+            if name == "hessian_rows" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} must be a whole number ≥ 1; got {value!r}")
         if not (self.damping >= 0 and math.isfinite(self.damping)):
@@ -165,6 +174,7 @@ class FittedArnoldiInfluence(FittedAttributor):
             "damping": method.damping,
             "tolerance": method.tolerance,
             "seed": method.seed,
+            "hessian_rows": method.hessian_rows,
             "eigenvalues": [member.values.tolist() for member in self.members],
         }
         return Attribution(

@@ -72,6 +72,7 @@ class LentLoss:
         parameters: attributed tensors, in the order of a gradient's entries.
         train: the training examples.
         scale: our loss / the module's.
+        num_predictions: C.
     """
 
     library: Any
@@ -82,6 +83,7 @@ class LentLoss:
     parameters: list[Tensor]
     train: RowSource
     scale: float
+    num_predictions: int
 
     def operator(self, matrix: str, batch: Any | None = None) -> Any:
         """H / scale as a curvlinops operator on vectors [P], of the training set or of one prepared batch."""
@@ -183,6 +185,7 @@ def lent_loss(passes: Passes, state: Mapping[str, Tensor], what: str) -> Iterato
             list(attributed.values()),
             passes.train,
             scale,
+            predicted.shape[1],
         )
 
 
@@ -235,3 +238,24 @@ def _predict(task: Task, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         return predictions_B.unsqueeze(1), (predictions_B.detach() + residuals_B).unsqueeze(1)
     outputs_B1 = task.output(model, batch).unsqueeze(1)
     return outputs_B1, torch.ones_like(outputs_B1)
+
+
+def loss_curvature(task: Task, outputs_N: Tensor, weights_N: Tensor) -> Tensor:
+    """L''(f) = −dq/df of each row, [N] float64.
+
+    Raises:
+        InputError: q is not what the task's `loss_weight(f)` gives.
+    """
+    if isinstance(task, Regression):
+        return torch.ones(len(outputs_N), dtype=torch.float64)
+    outputs_N = outputs_N.detach().double().requires_grad_()
+    with torch.enable_grad():
+        again_N = task.loss_weight(outputs_N)
+    if not torch.allclose(again_N.detach(), weights_N.double(), rtol=1e-2, atol=1e-3):
+        raise InputError(
+            f"the loss of {type(task).__name__} is no function of f alone (its weights are not loss_weight(f)), so its second derivative is "
+            "unknown: use temperature=1, or a task whose loss_weight(f) is −∂L/∂f"
+        )
+    if not again_N.requires_grad:
+        return torch.zeros(len(outputs_N), dtype=torch.float64)
+    return -torch.autograd.grad(again_N.sum(), outputs_N)[0]

@@ -20,7 +20,8 @@ from trak.errors import CheckpointError, InputError
 from trak.memory import available_memory
 from trak.methods.runs import RunOptions, checkpoint_list, first_batch, load_state, resolve_setting
 from trak.methods.weights import flattened
-from trak.pipeline import Projector, Setting, prepare, verify
+from trak.methods.whole_gradients import WholeGradients
+from trak.pipeline import Setting, prepare, verify
 from trak.progress import bar
 from trak.projection import Identity
 from trak.results import Attribution
@@ -99,16 +100,15 @@ class Passes:
         values_NK = torch.empty(source.num_rows, width, dtype=setting.sum_dtype)
         outputs_N = torch.empty(source.num_rows, dtype=setting.sum_dtype)
         weights_N = torch.empty_like(outputs_N)
-        projector = Projector(setting, state, 0)
+        gradients = WholeGradients(setting, state)
         if matrix_PK is not None:
             matrix_PK = matrix_PK.to(setting.device, setting.sum_dtype)
         with bar(source.num_rows, label, enabled=setting.progress) as shown:
             for rows_B, batch in source.batches():
                 where = f"{label}, rows {int(rows_B[0])} to {int(rows_B[-1])}"
-                gradients_BP, found = projector(prepare(setting, batch), label=where)
-                if matrix_PK is not None:
-                    gradients_BP = (gradients_BP.to(setting.device) @ matrix_PK).cpu()
-                values_NK[rows_B] = gradients_BP
+                gradients_BP, found = gradients(prepare(setting, batch), label=where)
+                values_BK = gradients_BP if matrix_PK is None else gradients_BP @ matrix_PK
+                values_NK.index_copy_(0, rows_B, values_BK.cpu())
                 outputs_N[rows_B] = found.f.to(outputs_N)
                 weights_N[rows_B] = found.q.to(weights_N)
                 shown.update(len(rows_B))

@@ -9,7 +9,7 @@ Shape legend: N training rows, R rows of one block, B examples of a batch, T tar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from trak.datasets import as_rows
-from trak.errors import InputError, SingularGramError
+from trak.errors import InputError
 from trak.gradients import lend
 from trak.gradients.base import random_state_kept
 from trak.methods.base import Attributor, FittedAttributor
+from trak.methods.conjugate_gradients import Product, conjugate_gradients
+from trak.methods.curvature import loss_curvature
 from trak.methods.dot_scores import DotScores, Part
+from trak.methods.gradient_passes import start_passes
+from trak.methods.influence_span import FittedSpanInfluence, fit_in_span
 from trak.methods.runs import Run, RunOptions, featurize_targets, start_run
 from trak.pipeline import prepare
 from trak.projection import Identity
 from trak.results import Attribution
-from trak.tasks import Regression, Task
-
-Product = Callable[[Tensor], Tensor]
-"""Vectors [t, P] -> H times each, [t, P]."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,9 +41,11 @@ class InfluenceFunction(RunOptions, Attributor):
     L is the loss that the task's weight belongs to, −∂L/∂f = q: cross-entropy for the classification tasks, half the squared error
     for regression. Positive: the example's presence raises f(z). The scores estimate changes of f themselves, not only their order.
 
-    Each target needs a solve by conjugate gradients over all attributed parameters, each step of which reads the training set, and
-    all P numbers of each example's gradient are kept: for small models, or for a few layers (`parameters=`). For larger ones see
-    `EKFACInfluence`, `ArnoldiInfluence` and `LiSSAInfluence`.
+    Each target needs a solve by conjugate gradients. With space="parameters" all P numbers of each example's gradient are kept, and each
+    step reads them: for small models, or for a few layers (`parameters=`). With space="gradients" the N × N inner products of the
+    training gradients stand for them, which is exact, and every step is P/N times cheaper: for fewer examples than parameters, some ten
+    thousand at the most. Gradients are then computed where they are needed, N²P/2 multiplications in all, and none are kept. For more
+    see `EKFACInfluence`, `ArnoldiInfluence` and `LiSSAInfluence`.
 
     Attributes:
         damping: λ, in the units of the mean loss's second derivative. Weight decay of wd/2 ‖θ‖² in training adds wd to it.
@@ -51,39 +53,67 @@ class InfluenceFunction(RunOptions, Attributor):
             parameters; "exact" for the Hessian, by differentiating twice, which for a neural network often has negative eigenvalues.
         tolerance: the residual at which a solve stops, relative to ‖∇f(z)‖.
         max_iter: steps of a solve, at the most.
+        space: "parameters" or "gradients": where the solve is done. The latter is for the Gauss-Newton matrix, and has no use for
+            `save_dir` and `feature_dtype`.
     """
 
     damping: float = 1e-3
     hessian: str = "gauss_newton"
     tolerance: float = 1e-5
     max_iter: int = 1000
+    space: str = "parameters"
 
-    def fit(self, train_set: Any, checkpoints: Sequence[Any] | None = None) -> FittedInfluenceFunction:
-        """Gradients of the training set at every checkpoint.
+    def fit(
+        self, train_set: Any, checkpoints: Sequence[Any] | None = None
+    ) -> FittedInfluenceFunction | FittedSpanInfluence:
+        """Gradients of the training set at every checkpoint, or their inner products.
 
         Raises:
             InputError: impossible settings, a projection, or a task whose q is not a function of f.
             TrakError: anything wrong with the other arguments, the checkpoints, the gradients or the store.
         """
-        if self.hessian not in ("gauss_newton", "exact"):
-            raise InputError(f'hessian must be "gauss_newton" or "exact"; got {self.hessian!r}')
-        if not (self.damping >= 0 and math.isfinite(self.damping)):
-            raise InputError(f"damping must be a number ≥ 0; got {self.damping!r}")
-        if not (0 < self.tolerance < 1 and self.max_iter >= 1):
-            raise InputError(
-                f"tolerance must lie between 0 and 1 and max_iter be ≥ 1; got {self.tolerance!r} and {self.max_iter!r}"
-            )
+        self._check_settings()
         if self.projection is not None and not isinstance(self.projection, Identity):
             raise InputError(
                 f"InfluenceFunction solves in the parameters themselves and takes no projection; got {self.projection!r}. Choose fewer "
                 "parameters=, or use TRAK"
             )
+        if self.space == "gradients":
+            passes = start_passes(self, train_set, checkpoints)
+            return fit_in_span(passes, solver=self._solver(), info=self._info())
         run = start_run(replace(self, projection=Identity()), train_set, checkpoints)
         curvatures = []
         for model_id in run.model_ids:
             rows = run.store.rows(model_id)
             curvatures.append(loss_curvature(run.setting.task, rows.outputs(), rows.weights()))
         return FittedInfluenceFunction(self, run, tuple(curvatures))
+
+    def _check_settings(self) -> None:
+        if self.hessian not in ("gauss_newton", "exact"):
+            raise InputError(f'hessian must be "gauss_newton" or "exact"; got {self.hessian!r}')
+        if self.space not in ("parameters", "gradients"):
+            raise InputError(f'space must be "parameters" or "gradients"; got {self.space!r}')
+        if self.space == "gradients" and self.hessian != "gauss_newton":
+            raise InputError(
+                f'space="gradients" holds the Gauss-Newton matrix and no other: hessian={self.hessian!r} needs space="parameters"'
+            )
+        if not (self.damping >= 0 and math.isfinite(self.damping)):
+            raise InputError(f"damping must be a number ≥ 0; got {self.damping!r}")
+        if not (0 < self.tolerance < 1 and self.max_iter >= 1):
+            raise InputError(
+                f"tolerance must lie between 0 and 1 and max_iter be ≥ 1; got {self.tolerance!r} and {self.max_iter!r}"
+            )
+
+    def _solver(self) -> dict[str, Any]:
+        return {"damping": self.damping, "tolerance": self.tolerance, "max_iter": self.max_iter}
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "method": "influence function",
+            "hessian": self.hessian,
+            **self._solver(),
+            "space": self.space,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +147,8 @@ class FittedInfluenceFunction(FittedAttributor):
             solved_TP = conjugate_gradients(
                 product,
                 block.features.double(),
-                damping=method.damping,
-                tolerance=method.tolerance,
-                max_iter=method.max_iter,
                 where=f"checkpoint {index + 1} of {len(run.model_ids)}",
+                **method._solver(),
             )
             parts.append(Part(run.store.rows(model_id), solved_TP.to(block.features.dtype), factor))
             outputs.append(block.outputs)
@@ -129,11 +157,7 @@ class FittedInfluenceFunction(FittedAttributor):
             weights=torch.stack([part.rows.weights() for part in parts]).mean(0),
             outputs=torch.stack(outputs).mean(0),
             info={
-                "method": "influence function",
-                "hessian": method.hessian,
-                "damping": method.damping,
-                "tolerance": method.tolerance,
-                "max_iter": method.max_iter,
+                **method._info(),
                 "checkpoints": [run.store.checkpoint_fingerprint(model_id) for model_id in run.model_ids],
                 "task": dict(run.store.header.task),
             },
@@ -145,27 +169,6 @@ class FittedInfluenceFunction(FittedAttributor):
         if self.method.hessian == "exact":
             return lambda vectors: hessian_product(self.run, state, curvature_N, vectors)
         return lambda vectors: gauss_newton_product(self.run.store.rows(model_id), curvature_N, vectors)
-
-
-def loss_curvature(task: Task, outputs_N: Tensor, weights_N: Tensor) -> Tensor:
-    """L''(f) = −dq/df of each row, [N] float64.
-
-    Raises:
-        InputError: q is not what the task's `loss_weight(f)` gives.
-    """
-    if isinstance(task, Regression):
-        return torch.ones(len(outputs_N), dtype=torch.float64)
-    outputs_N = outputs_N.detach().double().requires_grad_()
-    with torch.enable_grad():
-        again_N = task.loss_weight(outputs_N)
-    if not torch.allclose(again_N.detach(), weights_N.double(), rtol=1e-2, atol=1e-3):
-        raise InputError(
-            f"the loss of {type(task).__name__} is no function of f alone (its weights are not loss_weight(f)), so its second derivative is "
-            "unknown: use temperature=1, or a task whose loss_weight(f) is −∂L/∂f"
-        )
-    if not again_N.requires_grad:
-        return torch.zeros(len(outputs_N), dtype=torch.float64)
-    return -torch.autograd.grad(again_N.sum(), outputs_N)[0]
 
 
 def gauss_newton_product(rows: Any, curvature_N: Tensor, vectors_TP: Tensor) -> Tensor:
@@ -208,44 +211,3 @@ def hessian_product(run: Run, state: Mapping[str, Tensor], curvature_N: Tensor, 
                 )
                 out_P += torch.cat([part.reshape(-1) for part in parts]).to(out_P)
     return out_TP / run.train.num_rows
-
-
-def conjugate_gradients(
-    product: Product, rhs_TP: Tensor, *, damping: float, tolerance: float, max_iter: int, where: str
-) -> Tensor:
-    """(H + λI)⁻¹ b for every right-hand side b, [T, P] float64 (Hestenes, Stiefel 1952).
-
-    All right-hand sides step together, each with its own step size; those that have converged drop out.
-
-    Raises:
-        SingularGramError: a direction in which H + λI is not positive, or no convergence in `max_iter` steps.
-    """
-    solution_TP = torch.zeros_like(rhs_TP)
-    residual_TP, direction_TP = rhs_TP.clone(), rhs_TP.clone()
-    square_T = rhs_TP.square().sum(1)
-    enough_T = square_T * tolerance**2
-    for _ in range(max_iter):
-        open_t = (square_T > enough_T).nonzero().squeeze(1)
-        if not len(open_t):
-            return solution_TP
-        direction_tP = direction_TP[open_t]
-        image_tP = product(direction_tP) + damping * direction_tP
-        curvature_t = (direction_tP * image_tP).sum(1)
-        if not bool((curvature_t > 0).all()):
-            raise SingularGramError(
-                f"{where}: the damped Hessian is not positive definite (damping {damping:g}), so that the influence is not defined: "
-                'raise damping, or use hessian="gauss_newton" with damping > 0'
-            )
-        step_t1 = (square_T[open_t] / curvature_t).unsqueeze(1)
-        solution_TP[open_t] += step_t1 * direction_tP
-        residual_TP[open_t] -= step_t1 * image_tP
-        new_t = residual_TP[open_t].square().sum(1)
-        direction_TP[open_t] = residual_TP[open_t] + (new_t / square_T[open_t]).unsqueeze(1) * direction_tP
-        square_T[open_t] = new_t
-    if bool((square_T <= enough_T).all()):
-        return solution_TP
-    worst = float((square_T / rhs_TP.square().sum(1).clamp_min(1e-300)).max().sqrt())
-    raise SingularGramError(
-        f"{where}: conjugate gradients reached a relative residual of {worst:.2g} in {max_iter} steps, and {tolerance:g} is asked for: raise "
-        f"damping (now {damping:g}) or max_iter"
-    )
