@@ -98,21 +98,50 @@ def test_expansion_that_the_forward_pass_cannot_take_gives_way():
     assert_right(source, model, batch)
 
 
-def test_experts_go_one_example_at_a_time_and_take_their_siblings_along():
+def test_experts_have_their_rows_sorted_and_take_their_siblings_along():
     """Also experts that the first batch never sends a token to."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), Experts(), nn.Linear(4, 2)).double()
-    nn.init.zeros_(model[1].router.weight)
-    with torch.no_grad():
-        model[1].router.bias.copy_(torch.tensor([9.0, 8.0, 0.0, 0.0, 0.0, 0.0]))
-        model[1].router.weight[2, 0] = 30.0
+    model = unbalanced(Experts())
+    batch = (torch.randn(3, 5, 4, dtype=DOUBLE).clamp(-0.5, 0.5),)
+    source = chosen(model, batch)
+    assert source == Hooked(routed=tuple(name for name in names_of(model) if ".experts." in name))
+    assert_right(source, model, batch)
+    assert_right(source, model, (3 * torch.randn(4, 5, 4, dtype=DOUBLE),))
+
+
+def test_experts_without_rules_go_one_example_at_a_time_and_take_their_siblings_along():
+    """Also experts that the first batch never sends a token to."""
+
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return (x @ self.weight).sin()
+
+    class RawExperts(Experts):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(Raw() for _ in range(6))
+
+    model = unbalanced(RawExperts())
     batch = (torch.randn(3, 5, 4, dtype=DOUBLE).clamp(-0.5, 0.5),)
     source = chosen(model, batch)
     assert [(local.module, local.one_by_one) for local in source.local] == [("1", True)]
-    experts = [name for name in names_of(model) if ".experts." in name]
-    assert sorted(source.local[0].parameters) == sorted(experts)
+    assert sorted(source.local[0].parameters) == sorted(n for n in names_of(model) if ".experts." in n)
     assert_right(source, model, batch)
     assert_right(source, model, (3 * torch.randn(4, 5, 4, dtype=DOUBLE),))
+
+
+def unbalanced(experts):
+    """Two experts have nearly all tokens, three have none of small ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), experts, nn.Linear(4, 2)).double()
+    nn.init.zeros_(experts.router.weight)
+    with torch.no_grad():
+        experts.router.bias.copy_(torch.tensor([9.0, 8.0, 0.0, 0.0, 0.0, 0.0]))
+        experts.router.weight[2, 0] = 30.0
+    return model
 
 
 def test_uses_outside_a_module_move_the_parameter_up(caplog):

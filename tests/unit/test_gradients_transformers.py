@@ -110,7 +110,7 @@ TABLE = {
     "clip": (lambda attention: clip(attention=attention), ["", "vision_model.embeddings"], []),
     "mixtral": (
         mixtral,
-        [f"model.layers.{layer}.mlp.{part}" for layer in (0, 1) for part in ("gate", "experts")],
+        ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
         [],
     ),
 }

@@ -19,12 +19,23 @@ from torch.utils.checkpoint import CheckpointError
 from trak.batches import batch_size, flatten, take
 from trak.blocks import DenseBlock
 from trak.errors import GradientError, TrakError, UnsupportedLayerError
+from trak.gradients.alone import laid_out
 from trak.gradients.base import Consume, Gradients, Outputs, forward, random_state_kept
 from trak.gradients.layers import RULES, LayerRule
-from trak.gradients.layers.multihead_attention import InProjectionRule, in_steps, projections
+from trak.gradients.layers.experts_transformers import (
+    TransformersExpertsRule,
+    expert_projections,
+    forward_of_experts,
+)
+from trak.gradients.layers.multihead_attention import (
+    InProjectionRule,
+    forward_in_steps,
+    in_steps,
+    projections,
+)
 from trak.gradients.local import Local, LocalWatch
 from trak.gradients.swap import LENDING, lend
-from trak.gradients.watch import Layer, SteppedAttention, Watch
+from trak.gradients.watch import Layer, Stepped, Watch
 from trak.gradients.wrappers import named_parameters
 from trak.tasks.base import Task
 
@@ -44,11 +55,14 @@ class Hooked(Gradients):
             the first-batch check find them (see `trak.gradients.mixed`).
         expanded: canonical names of parameters [1, ...] that the forward pass is given as one copy per example,
             [B, ...] (class tokens, position tables): autograd then keeps the examples apart by itself.
+        routed: canonical names of parameters whose layers are given rows of several examples in any order, such as a
+            mixture's experts: a second backward pass tells which row is whose (see `trak.gradients.owners`).
     """
 
     rules: tuple[LayerRule, ...] = field(default=RULES, repr=False)
     local: tuple[Local, ...] = ()
     expanded: tuple[str, ...] = ()
+    routed: tuple[str, ...] = ()
 
     def candidates(self, model: nn.Module, names: Sequence[str]) -> tuple[Gradients, ...]:
         """Itself, if every parameter is covered.
@@ -82,7 +96,7 @@ class Hooked(Gradients):
         """
         plan = self._plan(model, names)
         with LENDING:
-            stepped = self._attention(model, names)
+            stepped = [*self._attention(model, names), *self._experts(model, names)]
         size = batch_size(batch)
         expanded = [name for name in self.expanded if name in names]
         detached = {name: tensor.detach() for name, tensor in state.items()}
@@ -104,10 +118,11 @@ class Hooked(Gradients):
         locals_ = LocalWatch(model, _wanted(self.local, names), size, watch.blamed)
         with random_state_kept(state), torch.enable_grad():
             with lend(model, {**detached, **whole, **leaves}):
-                with watch.on(plan), watch.stepping(stepped), locals_.watching(watch.anchor):
+                with watch.on(plan), watch.stepping(stepped), locals_.watching(watch.anchor), laid_out(size):
                     f, q = watch.forward(task, model, batch)
                 if f.requires_grad:
-                    found = _backward(f, watch.anchor, {**whole, **leaves})
+                    found = _backward(f, watch, {**whole, **leaves})
+                    watch.owners.deliver(consume)
                     locals_.forget([name for name in whole if name not in found])
                     for name, gradient in found.items():
                         if name in leaves:
@@ -147,7 +162,7 @@ class Hooked(Gradients):
             uncovered |= {name: module for local, name in local_names.items() if local not in covered}
         return uncovered
 
-    def _attention(self, model: nn.Module, names: Sequence[str]) -> list[SteppedAttention]:
+    def _attention(self, model: nn.Module, names: Sequence[str]) -> list[Stepped]:
         """Attention modules with attributed parameters that rules have, and what each projection holds."""
         ruled = {name: local_names for name, _, local_names in self._ruled(model, names)}
         rule = next((rule for rule in self.rules if isinstance(rule, InProjectionRule)), None)
@@ -157,8 +172,26 @@ class Hooked(Gradients):
             if rule is not None and (own or join(name, "out_proj") in ruled):
                 parts = projections(module)
                 layers = [Layer(name, part, rule, own) for part in parts] if own else []
-                found.append(SteppedAttention(module, parts, layers))
+                found.append(Stepped(module, forward_in_steps(module, parts), layers))
         return found
+
+    def _experts(self, model: nn.Module, names: Sequence[str]) -> list[Stepped]:
+        """Experts of one module with attributed parameters that the rule has."""
+        found = []
+        for name, module, local_names in self._ruled(model, names):
+            rule = _rule_for(self.rules, module, local_names)
+            if isinstance(rule, TransformersExpertsRule):
+                parts = expert_projections(module)
+                layers = []
+                for part in parts:
+                    own = {local: local_names[local] for local in part.parameter_names & local_names.keys()}
+                    if own:
+                        layers.append(Layer(name, part, rule, own, self._is_routed(own)))
+                found.append(Stepped(module, forward_of_experts(module, parts), layers))
+        return found
+
+    def _is_routed(self, local_names: Mapping[str, str]) -> bool:
+        return not set(self.routed).isdisjoint(local_names.values())
 
     def _stepped(self, model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
         """Attention modules that can be computed in steps, and none of whose parameters takes another way."""
@@ -186,10 +219,10 @@ class Hooked(Gradients):
     def _layers(self, model: nn.Module, names: Sequence[str]) -> Iterator[Layer]:
         for module_name, module, local_names in self._ruled(model, names):
             rule = _rule_for(self.rules, module, local_names)
-            if rule is None:
+            if rule is None or isinstance(rule, TransformersExpertsRule):
                 continue
             if not isinstance(module, nn.MultiheadAttention):
-                yield Layer(module_name, module, rule, local_names)
+                yield Layer(module_name, module, rule, local_names, self._is_routed(local_names))
 
 
 def holders(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
@@ -224,10 +257,17 @@ def _wanted(locals_: Sequence[Local], names: Sequence[str]) -> list[Local]:
     return [local for local in kept if local.slots]
 
 
-def _backward(f: Tensor, anchor: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backward pass under hooks; gradients of the leaves that f depends on."""
+def _backward(f: Tensor, watch: Watch, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backward passes under hooks; gradients of the leaves that f depends on."""
+    owners = watch.owners
     try:
-        _, *gradients = torch.autograd.grad(f.sum(), [anchor, *leaves.values()], allow_unused=True)
+        _, _, *gradients = torch.autograd.grad(
+            f.sum(),
+            [watch.anchor, owners.anchor, *leaves.values()],
+            allow_unused=True,
+            retain_graph=bool(owners.calls),
+        )
+        owners.trace(f)
     except CheckpointError as error:
         raise GradientError(
             "activation checkpointing (torch.utils.checkpoint) computes layers again without their "

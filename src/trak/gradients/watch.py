@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,26 +13,30 @@ from torch import Tensor, nn
 from trak.errors import InputError, TrakError
 from trak.gradients.base import BlamedError, Consume, forward
 from trak.gradients.layers import LayerCall, LayerRule
-from trak.gradients.layers.multihead_attention import InProjection, forward_in_steps
+from trak.gradients.owners import Owners
 from trak.tasks.base import Task
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A module to hook: its name, and its attributed parameters (local to canonical name)."""
+    """A module to hook: its name, and its attributed parameters (local to canonical name).
+
+    `routed`: whether each row of its input may be of another example (see `trak.gradients.owners`).
+    """
 
     name: str
     module: nn.Module
     rule: LayerRule
     names: Mapping[str, str]
+    routed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class SteppedAttention:
-    """Attention to be computed in steps: the modules of its input projections, and those of them to hook."""
+class Stepped:
+    """A module to be computed in steps (attention, experts): a forward that calls modules, and those of them to hook."""
 
-    module: nn.MultiheadAttention
-    parts: tuple[InProjection, ...]
+    module: nn.Module
+    forward: Callable[..., Any]
     layers: Sequence[Layer]
 
 
@@ -53,7 +57,8 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, None, None]:
         record, ctx.record = ctx.record, None
         (gradient,) = gradients
-        if gradient is not None:
+        # None in the later passes that sort rows by example.
+        if gradient is not None and record is not None:
             record(gradient)
         return gradient, None, None
 
@@ -66,6 +71,7 @@ class Watch:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.expanded: list[str] = []
         self.blamed: list[str] = []
+        self.owners = Owners(size, device)
 
     @contextmanager
     def on(self, plan: Sequence[Layer]) -> Iterator[None]:
@@ -80,12 +86,12 @@ class Watch:
             yield
 
     @contextmanager
-    def stepping(self, attention: Sequence[SteppedAttention]) -> Iterator[None]:
-        """Attention computed in steps, with hooks on its projections, for the length of a forward pass."""
+    def stepping(self, stepped: Sequence[Stepped]) -> Iterator[None]:
+        """Modules computed in steps, with hooks on the parts, for the length of a forward pass."""
         with ExitStack() as undo:
-            for each in attention:
+            for each in stepped:
                 undo.enter_context(self.on(each.layers))
-                vars(each.module)["forward"] = forward_in_steps(each.module, each.parts)
+                vars(each.module)["forward"] = each.forward
                 undo.callback(vars(each.module).pop, "forward", None)
             yield
 
@@ -108,7 +114,12 @@ class Watch:
     def _before(self, layer: Layer) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             inputs = _first(layer, args, kwargs)
-            if self.size == 1 or not torch.is_grad_enabled() or not self._is_shared(layer, inputs):
+            if (
+                self.size == 1
+                or layer.routed
+                or not torch.is_grad_enabled()
+                or not self._is_shared(layer, inputs)
+            ):
                 return None
             self.expanded.append(layer.name)
             self.blamed.extend(layer.names.values())
@@ -135,23 +146,27 @@ class Watch:
             if not torch.is_grad_enabled():
                 return None
             inputs = _first(layer, args, kwargs).detach()
-            if self.size > 1 and inputs.shape[0] % self.size:
+            routed = layer.routed and self.size > 1
+            if self.size > 1 and not routed and inputs.shape[0] % self.size:
                 raise BlamedError(
                     f"layer {layer.name!r} ({type(module).__name__}) is given {list(inputs.shape)} in a "
                     f"batch of {self.size} examples: its first dimension is not the batch's. Use "
                     "gradients=trak.gradients.Functional()",
                     tuple(layer.names.values()),
                 )
+            others = tuple(value for value in args[1:] if isinstance(value, Tensor))
             tapped = output
             if tapped._is_view():
                 # In-place operations on a differentiable view would bypass or burden the tap; this one is no
                 # view to autograd.
                 tapped = torch.ops.aten._unsafe_view(tapped, tapped.shape)
-            return _Tap.apply(tapped, self.anchor, self._recorder(layer, inputs))
+            if routed:
+                return self.owners.tap(layer.name, module, layer.rule, layer.names, inputs, others, tapped)
+            return _Tap.apply(tapped, self.anchor, self._recorder(layer, inputs, others))
 
         return hook
 
-    def _recorder(self, layer: Layer, inputs: Tensor) -> Any:
+    def _recorder(self, layer: Layer, inputs: Tensor, others: tuple[Tensor, ...]) -> Any:
         version = inputs._version
 
         def record(gradient: Tensor) -> None:
@@ -165,7 +180,7 @@ class Watch:
             dtype = getattr(layer.module, next(iter(layer.names))).dtype
             # Under autocast a layer may be given another dtype than that of its parameters.
             rows = inputs.to(dtype) if inputs.is_floating_point() else inputs
-            call = LayerCall(layer.module, rows, gradient.to(dtype), layer.names, self.size)
+            call = LayerCall(layer.module, rows, gradient.to(dtype), layer.names, self.size, others)
             for block in layer.rule.blocks(call):
                 self.consume(block)
 

@@ -214,6 +214,6 @@ FOUND_CASES: tuple[Case, ...] = (
     _layer("experts", _within(Experts), 4, 4, hooked=False),
     _layer("an attribute handed on", ReadsSideEffect, 4, hooked=False),
 )
-"""Models whose local passes the first-batch check finds: rules or vmap do not show beforehand that they will not do."""
+"""Models whose way the first-batch check finds, sorted rows or local passes: rules or vmap do not show beforehand that they will not do."""
 
 CASES: tuple[Case, ...] = LAYER_CASES + MODEL_CASES

@@ -8,6 +8,7 @@ from trak.gradients.layers.batch_norm import BatchNormRule
 from trak.gradients.layers.conv import ConvRule
 from trak.gradients.layers.conv1d_transformers import TransformersConv1DRule
 from trak.gradients.layers.embedding import EmbeddingRule
+from trak.gradients.layers.experts_transformers import TransformersExpertsRule
 from trak.gradients.layers.group_norm import GroupNormRule
 from trak.gradients.layers.instance_norm import InstanceNormRule
 from trak.gradients.layers.layer_norm import LayerNormRule
@@ -30,6 +31,7 @@ RULES: tuple[LayerRule, ...] = (
     InProjectionRule(),
     TransformersConv1DRule(),
     TransformersRMSNormRule(),
+    TransformersExpertsRule(),
 )
 """Every rule there is; a module is given to the first that covers any of its attributed parameters."""
 

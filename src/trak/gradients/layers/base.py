@@ -26,6 +26,7 @@ class LayerCall:
         gradient: gradient of its output, [N, ...], in the parameters' dtype.
         names: attributed parameters of this module, local name to canonical name.
         batch_size: B, which divides N; rows of one example are consecutive.
+        others: its further arguments that are tensors, such as the expert [N] of each row.
     """
 
     module: Any
@@ -33,6 +34,7 @@ class LayerCall:
     gradient: Tensor
     names: Mapping[str, str]
     batch_size: int
+    others: tuple[Tensor, ...] = ()
 
     def event_rows(self, event_ndim: int) -> LayerCall:
         """The call with a leading dimension, which a lone event of a batch of one may lack."""
@@ -47,7 +49,13 @@ class LayerCall:
 
 
 class LayerRule(ABC):
-    """Gradients of one kind of layer. Implementations have no state."""
+    """Gradients of one kind of layer. Implementations have no state.
+
+    `positions_are_rows`: whether all dimensions before the event are alike, as in y[..., :] = W x[..., :], so that
+    positions may be taken for rows. If not, the first one alone counts rows.
+    """
+
+    positions_are_rows = False
 
     @abstractmethod
     def covers(self, module: nn.Module) -> frozenset[str]:

@@ -21,6 +21,8 @@ class TransformersConv1DRule(LayerRule):
     ∇W_b = Σ_t x_bt ⊗ ∇y_bt.
     """
 
+    positions_are_rows = True
+
     def covers(self, module: nn.Module) -> frozenset[str]:
         """Weight and bias."""
         kind = type(module)

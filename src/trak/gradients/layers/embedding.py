@@ -16,6 +16,8 @@ from trak.gradients.layers.base import LayerCall, LayerRule, is_plain, own_param
 class EmbeddingRule(LayerRule):
     """`torch.nn.Embedding`: row index_bt of ∇W_b receives ∇y_bt."""
 
+    positions_are_rows = True
+
     def covers(self, module: nn.Module) -> frozenset[str]:
         """The weight.
 

@@ -18,6 +18,8 @@ from trak.gradients.layers.entries import summed_product
 class LayerNormRule(LayerRule):
     """`torch.nn.LayerNorm`: ∇γ_b = Σ_t ∇y_bt x̂_bt, ∇β_b = Σ_t ∇y_bt."""
 
+    positions_are_rows = True
+
     def covers(self, module: nn.Module) -> frozenset[str]:
         """Weight and bias."""
         return own_parameters(module, "weight", "bias") if is_plain(module, nn.LayerNorm) else frozenset()

@@ -16,6 +16,8 @@ from trak.gradients.layers.base import LayerCall, LayerRule, is_plain, own_param
 class LinearRule(LayerRule):
     """`torch.nn.Linear`: ∇W_b = Σ_t ∇y_bt ⊗ x_bt, ∇b_b = Σ_t ∇y_bt."""
 
+    positions_are_rows = True
+
     def covers(self, module: nn.Module) -> frozenset[str]:
         """Weight and bias."""
         return own_parameters(module, "weight", "bias") if is_plain(module, nn.Linear) else frozenset()

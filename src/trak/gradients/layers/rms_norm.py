@@ -18,6 +18,8 @@ from trak.gradients.layers.entries import summed_product
 class RMSNormRule(LayerRule):
     """`torch.nn.RMSNorm`: ∇γ_b = Σ_t ∇y_bt x̂_bt with x̂ = x / rms(x)."""
 
+    positions_are_rows = True
+
     def covers(self, module: nn.Module) -> frozenset[str]:
         """The weight."""
         return own_parameters(module, "weight") if is_plain(module, nn.RMSNorm) else frozenset()

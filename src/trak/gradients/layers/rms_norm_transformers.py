@@ -24,6 +24,8 @@ class TransformersRMSNormRule(LayerRule):
     be known.
     """
 
+    positions_are_rows = True
+
     def covers(self, module: nn.Module) -> frozenset[str]:
         """The weight."""
         kind = type(module).__name__
