@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -99,13 +100,15 @@ def check_first_batch(
                 try:
                     _compare(source, model, state, task, batch, names, expected)
                 except GradientError as error:
+                    # Every one would keep all gradients of its attempt.
+                    _forget_locals(error)
                     reasons.append(error)
                     source = gradients.instead(model, names, source, error)
                     continue
                 if reasons:
                     logger.warning(
-                        "Some parameters of this model need another way than was tried first; passes of single modules "
-                        "are slower and used instead: %s",
+                        "Some parameters of this model need another way than was tried first, which is slower and used "
+                        "instead: %s",
                         reasons[0],
                     )
                 return source
@@ -118,6 +121,13 @@ def check_first_batch(
                 reasons[0],
             )
     raise GradientError(f"{type(gradients).__name__}.candidates returned nothing to try")
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Lets go of what the frames hold in which an error and its causes were raised; their lines stay readable."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @dataclass(frozen=True, eq=False)

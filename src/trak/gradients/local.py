@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from trak.batches import flatten
 from trak.blocks import DenseBlock
 from trak.errors import TrakError
+from trak.gradients.alone import laid_out
 from trak.gradients.base import BlamedError, Consume
 
 Slots = Mapping[str, tuple[nn.Module, str]]
@@ -90,7 +91,8 @@ class OutputsTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Their gradients as they are."""
-        ctx.call.gradients = gradients
+        # Later backward passes, which sort rows by example, are others' business.
+        ctx.call.gradients = ctx.call.gradients or gradients
         return (None, None, *gradients)
 
 
@@ -219,7 +221,7 @@ class LocalWatch:
         def one_example(inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
             def run(parameters: Mapping[str, Tensor]) -> list[Tensor]:
                 args, kwargs = rebuild(inputs)
-                with _replaced(module, self.slots, parameters):
+                with _replaced(module, self.slots, parameters), laid_out(1):
                     leaves = flatten(module.forward(*args, **kwargs))[0]
                 outputs = [leaf for leaf in leaves if leaf.is_floating_point()]
                 return [outputs[i] for i in positions]

@@ -1,7 +1,7 @@
 """Which parameters go by layer rules, and which by a way of their own: how `Hooked` is made to fit a model.
 
-Where no rule covers a parameter, or the first-batch check finds a rule wrong, the parameter moves up: to an
-expanded copy per example if it has a leading dimension of 1, to a local pass through the module that holds it,
+Where no rule covers a parameter, or the first-batch check finds a rule wrong, and also with rows sorted by example, the
+parameter moves up: to an expanded copy per example if it has a leading dimension of 1, to a local pass through the module that holds it,
 then through that module's parent, and so on (see `trak.gradients.local`).
 """
 
@@ -51,8 +51,11 @@ def with_local_passes(hooked: Hooked, model: nn.Module, names: Sequence[str]) ->
 def widened(hooked: Hooked, model: nn.Module, names: Sequence[str], error: GradientError) -> Hooked | None:
     """`hooked` with another way for the parameters that an error blames; None if there is none.
 
-    The same parameters of a module's siblings in a list (layers, experts) move along: what is wrong for one of them
-    is hardly right for the others, and the batch at hand may not show it.
+    The rows of a layer with a rule are sorted by example first (`Hooked.routed`), which costs little. Where that is of no use
+    either, local passes follow.
+
+    The same parameters of a module's siblings in a list (layers, blocks, experts) move along: what is wrong for one of them
+    is hardly right for the others, and the batch at hand may not show it. So do all modules of a class that `vmap` cannot run.
     """
     if not isinstance(error, BlamedError):
         return None
@@ -62,12 +65,15 @@ def widened(hooked: Hooked, model: nn.Module, names: Sequence[str], error: Gradi
         loops = {local.module for local in hooked.local if local.one_by_one}
         blamed = {path for path, name in slots.items() if name in error.parameters}
         if error.under_vmap:
-            loops |= {homes[path] for path in blamed if path in homes}
+            loops |= _alike(model, {homes[path] for path in blamed if path in homes}, {*homes.values()})
             wider = replace(hooked, local=_grouped(homes, slots, loops))
             return None if not blamed or "" in loops or wider == hooked else wider
         blamed |= {other for path in blamed for other in _siblings(model, path) if other in slots}
         moved = {slots[path] for path in blamed}
-        for name in moved:
+        # A layer whose rows are not the examples in order may have been given rows of several in any order.
+        sortable = moved - {slots[path] for path in homes} - {*hooked.expanded, *hooked.routed}
+        routed = {*hooked.routed} - moved | sortable
+        for name in moved - sortable:
             paths = [path for path, canonical in slots.items() if canonical == name]
             now = {path: homes.get(path) for path in paths}
             for path, home in _higher(model, now, first=name in hooked.expanded).items():
@@ -75,7 +81,8 @@ def widened(hooked: Hooked, model: nn.Module, names: Sequence[str], error: Gradi
                     return None
                 homes[path] = home
         expanded = tuple(name for name in hooked.expanded if name not in moved)
-        wider = replace(hooked, expanded=expanded, local=_grouped(homes, slots, loops))
+        in_order = tuple(dict.fromkeys(name for name in slots.values() if name in routed))
+        wider = replace(hooked, expanded=expanded, local=_grouped(homes, slots, loops), routed=in_order)
         return None if not blamed or _is_too_much(wider, model, names) else wider
 
 
@@ -147,7 +154,7 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _siblings(model: nn.Module, path: str) -> Iterator[str]:
-    """The path, and those that differ from it in the place in a list or dictionary of modules."""
+    """The path, and those that differ from it in the place in a list, dictionary or sequence of modules."""
     done = [""]
     parts = path.split(".")
     for place, part in enumerate(parts):
@@ -155,14 +162,26 @@ def _siblings(model: nn.Module, path: str) -> Iterator[str]:
         for prefix in done:
             module = _submodule(model, prefix)
             inner = place < len(parts) - 1
-            keys = (
-                list(module._modules)
-                if inner and isinstance(module, nn.ModuleList | nn.ModuleDict)
-                else [part]
-            )
+            keys = _like(module, part) if inner else [part]
             found += [join(prefix, key) for key in keys if not inner or _submodule(model, join(prefix, key))]
         done = found
     yield from done
+
+
+def _like(parent: nn.Module | None, key: str) -> list[str]:
+    """The keys of a list or dictionary of modules; of a sequence those with modules of the same class."""
+    if isinstance(parent, nn.ModuleList | nn.ModuleDict):
+        return list(parent._modules)
+    if isinstance(parent, nn.Sequential):
+        kind = type(parent._modules.get(key))
+        return [other for other, module in parent._modules.items() if type(module) is kind]
+    return [key]
+
+
+def _alike(model: nn.Module, some: set[str], names: set[str]) -> set[str]:
+    """Those of the modules whose class is that of one of `some`."""
+    kinds = {type(model.get_submodule(name)) for name in some}
+    return {name for name in names if type(model.get_submodule(name)) in kinds}
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trak.batches import batch_size, take
 from trak.blocks import DenseBlock
+from trak.gradients.alone import laid_out
 from trak.gradients.base import Consume, Gradients, Outputs, forward, random_state_kept
 from trak.gradients.swap import lend
 from trak.tasks.base import Task
@@ -64,7 +65,8 @@ def batch_gradient(
     """
     attributed = {name: state[name].detach().requires_grad_() for name in names}
     with lend(model, {**state, **attributed}), torch.enable_grad():
-        f, q = forward(task, model, batch, batch_size(batch))
+        with laid_out(batch_size(batch)):
+            f, q = forward(task, model, batch, batch_size(batch))
         gradients: Sequence[Tensor | None] = [None] * len(names)
         if f.requires_grad:
             gradients = torch.autograd.grad(f.sum(), list(attributed.values()), allow_unused=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +133,8 @@ def _state(
                 "this tensor. Build the model on a real device, so that its unsaved buffers are computed"
             )
         kind = dtype if dtype is not None and own.is_floating_point() else own.dtype
+        if not own.is_floating_point() and name in found and _same(source, own):
+            source = own.detach()  # the very tensor: quantised layers read more from it than its numbers
         moved = source.to(device=device, dtype=kind)
         copied = moved.data_ptr() != source.data_ptr()
         state[name] = moved if copied or name in shareable else moved.clone()
@@ -236,8 +239,12 @@ def _unwrapped(names: list[str]) -> list[str]:
 def _resolve(model: nn.Module, given: Mapping[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
     """Checked tensors under canonical names."""
     tensors = _canonical_tensors(model)
-    saved = {aliases[name] for name in model.state_dict(keep_vars=True) if name in aliases}
-    unexpected = [name for name in given if name not in aliases]
+    own = model.state_dict(keep_vars=True)
+    saved = {aliases[name] for name in own if name in aliases}
+    unexpected = [name for name in given if name not in aliases and name not in own]
+    _require_same_beside(
+        {name: (given[name], own[name]) for name in given if name not in aliases and name in own}
+    )
     found: dict[str, Tensor] = {}
     for name, value in given.items():
         canonical = aliases.get(name)
@@ -259,6 +266,17 @@ def _resolve(model: nn.Module, given: Mapping[str, Tensor], aliases: Mapping[str
     if missing or unexpected:
         raise CheckpointError(_misfit(missing, unexpected, list(given), list(aliases)))
     return found
+
+
+def _require_same_beside(pairs: Mapping[str, tuple[Tensor, Any]]) -> None:
+    """What quantised layers save beside their tensors cannot be exchanged, so that it must be the model's."""
+    for name, (given, own) in pairs.items():
+        if not isinstance(own, Tensor) or own.shape != given.shape or not _same(own, given):
+            raise CheckpointError(
+                f"{name!r} is neither a parameter nor a buffer of the model, cannot be exchanged and differs from the "
+                "model's: are the quantised weights of the checkpoint others than the model's? Load the checkpoint into the "
+                "model as its library does, and pass the model"
+            )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

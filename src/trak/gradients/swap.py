@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ def lend(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
 
     Tensors are swapped by canonical name; one that is registered under several names is swapped under all of
     them. Nothing is copied, so tensors of `torch.func` transforms may be lent too. Whatever the forward pass
-    assigns to a module's attributes meanwhile (caches, counters, replaced buffers) is undone as well. What was
+    assigns to a module's attributes meanwhile (caches, counters, replaced buffers), or puts into dictionaries, lists and
+    sets among them, is undone as well. What was
     compiled (`torch.compile`, `module.compile()`) runs uncompiled, since compiled code calls no hooks.
 
     Args:
@@ -54,6 +57,7 @@ def _lent(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
         (module, dict(vars(module)), dict(module._parameters), dict(module._buffers))
         for module in model.modules()
     ]
+    containers = [contents for module in model.modules() for contents in _own_containers(module)]
     # In eval mode attention would skip its submodules, hooks and all, wherever its own weights require no
     # gradients.
     fast_attention = torch.backends.mha.get_fastpath_enabled()
@@ -82,12 +86,25 @@ def _lent(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[nn.Module]:
             vars(module).update(attributes)
             _refill(module._parameters, parameters)
             _refill(module._buffers, buffers)
+        for container, contents in containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(contents)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers under their canonical names."""
     yield from named_parameters(model)
     yield from named_buffers(model)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _own_containers(module: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """A module's attributes that hold other things, and what they hold: some models keep tensors there from pass to pass."""
+    for name, value in vars(module).items():
+        if name not in _OF_EVERY_MODULE and isinstance(value, dict | list | set):
+            yield value, copy(value)
 
 
 def _refill(slots: dict, own: dict) -> None:
