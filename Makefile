@@ -9,7 +9,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Two workers with one thread each are faster on two cores than one worker with two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help demo demo-quick test test-all lint format docs bench bench-quick clean
+WIDE := .venv-wide
+WIDE_TESTS := tests/integration/test_integrations_adapters.py tests/integration/test_examples_imagenet.py tests/integration/test_examples_clip.py \
+  tests/unit/test_integrations_quanda.py tests/unit/test_tasks_contrastive.py
+
+.PHONY: help demo demo-quick test test-all test-wide lint format docs bench bench-quick clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,6 +29,10 @@ test: $(VENV)/.dev  ## the test suite
 
 test-all: $(VENV)/.dev  ## the test suite with its long checks
 	$(PYTEST) -m "not gpu"
+
+# PYTHONPATH: quanda brings the released package, which has this one's import name.
+test-wide: $(WIDE)/.done  ## the tests that need torchvision, timm, open_clip, bitsandbytes and quanda, in an environment of several GB
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(WIDE)/bin/python -m pytest -W default $(WIDE_TESTS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -45,8 +53,13 @@ bench: $(VENV)/.dev  ## measure speed and memory beside the peers, each in its o
 bench-quick: $(VENV)/.dev  ## the same for two models and fewer rounds (ten minutes)
 	$(BIN)/python benchmarks/bench.py --quick
 
+$(WIDE)/.done: tests/wide.txt
+	$(PYTHON) -m venv $(WIDE)
+	$(WIDE)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/wide.txt
+	@touch $@
+
 clean:  ## remove the environment and what the targets wrote
-	rm -rf $(VENV) demo-report demo-report-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/.envs
+	rm -rf $(VENV) $(WIDE) demo-report demo-report-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/.envs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -380,13 +380,28 @@ def test_open_clip_pairs_from_end_to_end():
     [
         ("timm", lambda timm: timm.create_model("resnet10t", num_classes=3)),
         ("timm", lambda timm: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=2)),
+        ("timm", lambda timm: timm.create_model("levit_128s", img_size=64, num_classes=3)),
+        ("timm", lambda timm: timm.create_model("xcit_nano_12_p16_224", num_classes=3)),
+        ("timm", lambda timm: timm.create_model("efficientvit_b0", num_classes=3)),
         ("torchvision", lambda torchvision: torchvision.models.resnet18(num_classes=3)),
+        ("torchvision", lambda torchvision: torchvision.models.shufflenet_v2_x0_5(num_classes=3)),
     ],
-    ids=["timm ResNet", "timm ViT", "torchvision ResNet"],
+    ids=[
+        "timm ResNet",
+        "timm ViT",
+        "timm LeViT",
+        "timm XCiT",
+        "timm EfficientViT",
+        "torchvision ResNet",
+        "torchvision ShuffleNet",
+    ],
 )
+@pytest.mark.filterwarnings("default")
 def test_image_models_of_other_libraries(library, make):
+    torch.manual_seed(0)
     model = make(pytest.importorskip(library)).double().eval()
-    batch = (torch.randn(3, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2]))
+    side = 32 if getattr(model, "patch_embed", None) is not None and hasattr(model, "pos_drop") else 64
+    batch = (torch.randn(3, 3, side, side, dtype=torch.float64), torch.tensor([0, 1, 2]))
     task = trak.ImageClassification()
     names = list(trak.gradients.select_parameters(model))
     state = trak.gradients.model_state(model, None, "cpu")
@@ -396,6 +411,43 @@ def test_image_models_of_other_libraries(library, make):
         torch.testing.assert_close(
             got[name], values, rtol=1e-7, atol=1e-9 * max(float(values.abs().max()), 1e-3)
         )
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.filterwarnings("default")
+def test_adapters_on_weights_quantised_by_bitsandbytes(tmp_path, kind):
+    layers = pytest.importorskip("bitsandbytes").nn
+    torch.manual_seed(0)
+    plain = hugging_face.llama(vocabulary=64)
+    for name, module in list(plain.named_modules()):
+        for key, layer in module.named_children():
+            if isinstance(layer, torch.nn.Linear) and key != "lm_head":
+                width = (layer.in_features, layer.out_features)
+                if kind == "4bit":
+                    new = layers.Linear4bit(*width, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+                    new.weight = layers.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+                else:
+                    new = layers.Linear8bitLt(*width, bias=False, has_fp16_weights=False)
+                    new.weight = layers.Int8Params(
+                        layer.weight.data, requires_grad=False, has_fp16_weights=False
+                    )
+                setattr(plain.get_submodule(name), key, new)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(plain.to("cpu"), config).eval()
+    ids = torch.randint(0, 64, (6, 5))
+    data = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    targets = {name: part[:2] for name, part in data.items()}
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    settings = {"task": "causal_lm", "device": "cpu", "damping": 1.0, "projection": trak.Identity()}
+    found = [
+        trak.attribute(
+            model, data, targets, gradients=gradients, checkpoints=checkpoints, **settings
+        ).scores.tensor()
+        for gradients, checkpoints in (("auto", None), ("reference", None), ("auto", [tmp_path / "model.pt"]))
+    ]
+    tolerance = {"rtol": 1e-3, "atol": 1e-5} if kind == "4bit" else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(found[0], found[1], **tolerance)
+    torch.testing.assert_close(found[0], found[2])
 
 
 def test_the_saved_config_is_read(tmp_path):

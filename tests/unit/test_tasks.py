@@ -108,6 +108,28 @@ def test_text_classification_takes_what_tokenizers_give():
         task.output(Named(), {"input_ids": ids})
 
 
+class ByName(nn.Module):
+    """An image classifier as Hugging Face writes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+
+    def forward(self, pixel_values, interpolate_pos_encoding=None):
+        assert interpolate_pos_encoding is None
+        return type("Output", (), {"logits": self.layer(pixel_values.flatten(1))})()
+
+
+@pytest.mark.parametrize("key", ["labels", "label"])
+def test_image_classifiers_of_mappings(key):
+    model, images, labels = ByName(), torch.randn(5, 3, 2, 2), torch.tensor([0, 1, 2, 1, 0])
+    task = trak.ImageClassification()
+    wanted = task.output(nn.Sequential(nn.Flatten(), model.layer), (images, labels))
+    assert torch.equal(task.output(model, {"pixel_values": images, key: labels}), wanted)
+    with pytest.raises(trak.InputError, match=r"mappings with `labels` beside.*got.*pixel_values"):
+        task.output(model, {"pixel_values": images})
+
+
 def test_regression():
     task, predictions, values = trak.Regression(), torch.randn(5, 1), torch.randn(5)
     f, q = task.output_and_weight(Echo(), (predictions, values))

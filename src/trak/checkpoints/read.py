@@ -158,11 +158,16 @@ def _metadata(file: Path) -> Mapping[str, str]:
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:
-    """Its state dict, without what quantised parameters save beside themselves under names that begin with theirs."""
+    """Its state dict, without what quantised layers and parameters save beside them, which cannot be exchanged."""
     state = module.state_dict()
+    parts = {name for name, _ in module.named_modules(remove_duplicate=False)}
     tensors = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     tensors |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    return {name: value for name, value in state.items() if name in tensors or not _is_within(name, tensors)}
+    return {
+        name: value
+        for name, value in state.items()
+        if name in tensors or not (name.rpartition(".")[0] in parts or _is_within(name, tensors))
+    }
 
 
 def _is_within(name: str, others: set[str]) -> bool:

@@ -51,10 +51,12 @@ class _Classification(Task):
 
 @dataclass(frozen=True)
 class ImageClassification(_Classification):
-    """f = logit_y − logsumexp(other logits) of `model(inputs)`; batches are (inputs, labels).
+    """f = logit_y − logsumexp(other logits) of `model(inputs)`; batches are (inputs, labels), or mappings with the labels in them.
 
     Park et al. 2023, section 2; the loss is cross-entropy = log(1 + e^(−f)). A model with one logit per example is a binary
-    classifier with labels 0 and 1. Despite its name it serves any model whose forward takes one tensor.
+    classifier with labels 0 and 1. Despite its name it serves any model whose forward takes one tensor. Of a mapping, such as Hugging
+    Face's image processors and collators give (`pixel_values` and `labels` or `label`), everything but the labels is passed to the model
+    by name.
 
     Attributes:
         temperature: divides the logits in the weight q = 1 − p only, for models whose confidence is not calibrated.
@@ -66,12 +68,16 @@ class ImageClassification(_Classification):
         _check_temperature(self.temperature)
 
     def logits_and_labels(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-        """`model(inputs)` and labels from a batch (inputs, labels)."""
+        """`model(inputs)` and labels from a batch (inputs, labels), or `model(**inputs)` and labels from a mapping."""
+        if (parts := _split_mapping(batch)) is not None:
+            inputs, labels_B = parts
+            return check_logits(_logits(model(**inputs)), labels_B, what="image_classification")
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             from trak.batches import describe
 
             raise InputError(
-                f"image_classification expects batches (inputs, labels); got {describe(batch)}. "
+                "image_classification expects batches (inputs, labels), or mappings with `labels` beside the model's inputs; "
+                f"got {describe(batch)}. "
                 "For another batch layout write a task: trak.CustomTask(lambda model, batch: ...)"
             )
         inputs, labels_B = batch
@@ -112,15 +118,21 @@ _TUPLE_FIELDS = {
 def _split_text_batch(batch: Any) -> tuple[dict[str, Any], Any]:
     if isinstance(batch, (tuple, list)) and len(batch) in _TUPLE_FIELDS:
         return dict(zip(_TUPLE_FIELDS[len(batch)], batch)), batch[-1]
-    if isinstance(batch, Mapping):
-        for key in ("labels", "label"):
-            if key in batch:
-                return {name: value for name, value in batch.items() if name != key}, batch[key]
+    if (parts := _split_mapping(batch)) is not None:
+        return parts
     from trak.batches import describe
 
     raise InputError(
         f"text_classification expects a mapping with `labels` beside the model's inputs (input_ids, attention_mask, …); got {describe(batch)}"
     )
+
+
+def _split_mapping(batch: Any) -> tuple[dict[str, Any], Any] | None:
+    """A mapping's inputs by name, and its labels; None for anything else."""
+    for key in ("labels", "label"):
+        if isinstance(batch, Mapping) and key in batch:
+            return {name: value for name, value in batch.items() if name != key}, batch[key]
+    return None
 
 
 def _logits(output: Any) -> Any:
