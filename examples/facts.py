@@ -38,6 +38,7 @@ from trak.progress import bar
 MODEL_SEED, CONTROL_SEED, REMOVAL_SEED = 1, 2, 3
 ALONG_THE_RUN = (0.25, 0.5, 0.75)  # shares of the epochs at which TracIn reads the models
 TOP = 500  # rows of a ranking that are kept
+UNBOUNDED = "TRAK, less damped"  # by the trace alone, without the bound on the effective dimension
 FORGETTING = ("TRAK", "TracIn", "representation", "BM25", "ground truth", "random")
 
 
@@ -149,6 +150,11 @@ def rank_rows(task: Task, runs: list[list[tuple[float, Path]]], dim: int, out: P
     files = [path for _, path in along]
     methods = {
         "TRAK": (trak.TRAK(**gradients), finished, loaders),
+        UNBOUNDED: (
+            trak.TRAK(**gradients, damping=trak.AutomaticDamping(directions=None)),
+            finished,
+            loaders,
+        ),
         "TracIn": (trak.TracIn(**on_the_way), files, loaders),
         "GAS": (trak.TracIn(**on_the_way, normalise=True), files, loaders),
         "representation": (trak.RepresentationSimilarity(**common, similarity="cosine"), finished, loaders),
@@ -292,7 +298,10 @@ def run(task: Task, plan: Plan, out: Path, workers: int) -> dict[str, Any]:
         "given by the controls": float((controls_CQ > 0).double().mean()),
         "known": known,
         "retrieval": {name: {key: one[key] for key in one if key != "top"} for name, one in rankings.items()},
-        "contents": {name: contents(task, top, targets, plan.single_k) for name, top in tops.items()},
+        "contents": {
+            str(k): {name: contents(task, top, targets, k) for name, top in tops.items()}
+            for k in sorted({*plan.k, plan.single_k})
+        },
         "controls": controls_CQ.tolist(),
         "groups": groups,
         "together": {

@@ -29,6 +29,7 @@ PAIRS = (
 )
 COLORS = {
     "TRAK": "#2a83c9",
+    "TRAK, less damped": "#8fbfe6",
     "TracIn": "#d9691f",
     "GAS": "#e0a04a",
     "representation": "#8a6fb0",
@@ -161,10 +162,11 @@ def lead_rows(summary: Summary) -> list[list[str]]:
 
 
 def content_rows(summary: Summary) -> list[list[str]]:
-    k, contents = summary.result["plan"]["single_k"], summary.result["contents"]
-    rows = [[f"of the first {k} rows of", *next(iter(contents.values()))]]
-    for name, shares in contents.items():
-        rows.append([name, *(f"{share:.0%}" for share in shares.values())])
+    contents = summary.result["contents"]
+    kinds = list(next(iter(next(iter(contents.values())).values())))
+    rows = [["share of the first k rows", *(f"{kind}, k = {k}" for kind in kinds for k in contents)]]
+    for name in next(iter(contents.values())):
+        rows.append([name, *(f"{contents[k][name][kind]:.0%}" for kind in kinds for k in contents)])
     return rows
 
 

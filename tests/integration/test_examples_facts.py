@@ -85,7 +85,7 @@ def test_a_small_run_leaves_rankings_tables_and_figures_and_goes_on_from_them(
         assert np.shape(result["alone"][name]["leads"]) == (1, 1, 1)
         assert result["alone"][name]["removed"] == [10]
         assert name in printed
-    assert result["contents"]["ground truth"]["states the fact"] == 0.3  # 3 of 10 rows
+    assert result["contents"]["10"]["ground truth"]["states the fact"] == 0.3  # 3 of 10 rows
     for name in ("retrieval.png", "counterfactual.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     assert (out / "tables.md").read_text() in printed
@@ -337,10 +337,18 @@ def test_the_papers_setting_on_a_tiny_model(facts, module, tmp_path):
 
     runs = facts.train_models(task, facts.Plan(models=1), tmp_path)
     found = facts.rank_rows(task, runs, 32, tmp_path)
-    assert set(found) == {"TRAK", "TracIn", "GAS", "representation", "BM25", "random"}
+    assert set(found) == {"TRAK", facts.UNBOUNDED, "TracIn", "GAS", "representation", "BM25", "random"}
     assert found["BM25"]["mrr"]["mean"] == 1
     assert all(sorted(top) == list(range(10)) for top in found["TRAK"]["top"])
     assert set(task.leads(task.build()).tolist()) <= {-1.0, 1.0}
+
+
+def test_the_page_says_what_the_bound_costs(facts, module):
+    results = module("facts_results")
+    recorded = json.loads(results.RESULTS.read_text())["retrieval"]
+    less, default = (np.array(recorded[name]["reciprocal ranks"]) for name in (facts.UNBOUNDED, "TRAK"))
+    said = f"a paired difference of {results.mean_of(less - default)} over the queries"
+    assert said in " ".join(results.PAGE.read_text(encoding="utf-8").split())
 
 
 def test_the_help_names_every_option_of_the_page(facts):
