@@ -236,7 +236,8 @@ class Projector:
             lambda block: setting.projection.add(self.drawn, block, features_BK),
         )
         features_BK, outputs = features_BK.cpu(), Outputs(outputs.f.cpu(), outputs.q.cpu())
-        _refuse_nonfinite(features_BK, outputs, label, self.model_id)
+        where = f"checkpoint {self.model_id}, {label}"
+        refuse_nonfinite(features_BK, outputs, where=where, what="projected gradients")
         return features_BK, outputs
 
 
@@ -408,18 +409,27 @@ def _moments(
     return moments
 
 
-def _refuse_nonfinite(features_BK: Tensor, outputs: Outputs, label: str, model_id: int) -> None:
-    for what, values in (
-        ("model outputs", outputs.f),
-        ("loss weights", outputs.q),
-        ("projected gradients", features_BK),
-    ):
-        bad_B = ~values.isfinite().reshape(values.shape[0], -1).all(1)
-        if bad_B.any():
+def refuse_nonfinite(gradients_BK: Tensor, outputs: Outputs, *, where: str, what: str) -> None:
+    """Raise where a row of a batch holds NaN or infinity.
+
+    Args:
+        gradients_BK: of the batch, projected or whole.
+        outputs: f and q of the same rows.
+        where: begins the message.
+        what: the gradients' name in it.
+
+    Raises:
+        NonFiniteError: the first such rows, by their positions in the batch.
+    """
+    for named, values in (("model outputs", outputs.f), ("loss weights", outputs.q), (what, gradients_BK)):
+        rows = values.reshape(len(values), -1)
+        # A sum is finite only if all of its terms are. It may overflow where they are: only such rows are looked at.
+        suspects = (~rows.sum(1).isfinite()).nonzero().squeeze(1)
+        bad = [int(row) for row in suspects if not bool(rows[row].isfinite().all())]
+        if bad:
             raise NonFiniteError(
-                f"checkpoint {model_id}, {label}: {what} are NaN or infinite for {int(bad_B.sum())} of {len(bad_B)} examples, first at "
-                f"position {int(bad_B.nonzero()[0])} of the batch. Look at the model's output there; a model in float16 may overflow: "
-                "try dtype=torch.float32"
+                f"{where}: {named} are NaN or infinite for {len(bad)} of {len(rows)} examples, first at position {bad[0]} of the batch. "
+                "Look at the model's output there; a model in float16 may overflow: try dtype=torch.float32"
             )
 
 

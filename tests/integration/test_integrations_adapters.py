@@ -379,7 +379,7 @@ def test_open_clip_pairs_from_end_to_end():
     ("library", "make"),
     [
         ("timm", lambda timm: timm.create_model("resnet10t", num_classes=3)),
-        ("timm", lambda timm: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=2)),
+        ("timm", lambda timm: timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3, depth=2)),
         ("timm", lambda timm: timm.create_model("levit_128s", img_size=64, num_classes=3)),
         ("timm", lambda timm: timm.create_model("xcit_nano_12_p16_224", num_classes=3)),
         ("timm", lambda timm: timm.create_model("efficientvit_b0", num_classes=3)),
@@ -400,8 +400,7 @@ def test_open_clip_pairs_from_end_to_end():
 def test_image_models_of_other_libraries(library, make):
     torch.manual_seed(0)
     model = make(pytest.importorskip(library)).double().eval()
-    side = 32 if getattr(model, "patch_embed", None) is not None and hasattr(model, "pos_drop") else 64
-    batch = (torch.randn(3, 3, side, side, dtype=torch.float64), torch.tensor([0, 1, 2]))
+    batch = (torch.randn(3, 3, 64, 64, dtype=torch.float64), torch.tensor([0, 1, 2]))
     task = trak.ImageClassification()
     names = list(trak.gradients.select_parameters(model))
     state = trak.gradients.model_state(model, None, "cpu")

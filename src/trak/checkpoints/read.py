@@ -158,7 +158,10 @@ def _metadata(file: Path) -> Mapping[str, str]:
 
 
 def _module_state(module: nn.Module) -> dict[str, Any]:
-    """Its state dict, without what quantised layers and parameters save beside them, which cannot be exchanged."""
+    """Its state dict, without what quantised layers and parameters save beside them, which cannot be exchanged.
+
+    Names that are no tensor's may also be those of a wrapper that saves under other names than it has: they stay.
+    """
     state = module.state_dict()
     parts = {name for name, _ in module.named_modules(remove_duplicate=False)}
     tensors = {name for name, _ in module.named_parameters(remove_duplicate=False)}

@@ -93,10 +93,9 @@ class ArnoldiInfluence(RunOptions, Attributor):
     def _check_settings(self) -> None:
         if self.hessian not in ("gauss_newton", "exact"):
             raise InputError(f'hessian must be "gauss_newton" or "exact"; got {self.hessian!r}')
-        for name in ("rank", "max_iter", "hessian_rows"):
+        optional = () if self.hessian_rows is None else ("hessian_rows",)
+        for name in ("rank", "max_iter", *optional):
             value = getattr(self, name)
-            if name == "hessian_rows" and value is None:
-                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} must be a whole number ≥ 1; got {value!r}")
         if not (self.damping >= 0 and math.isfinite(self.damping)):

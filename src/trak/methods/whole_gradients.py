@@ -15,9 +15,8 @@ from torch import Tensor
 
 from trak import batches
 from trak.blocks import Block
-from trak.errors import NonFiniteError
 from trak.gradients import Outputs
-from trak.pipeline import Projector, Setting
+from trak.pipeline import Projector, Setting, refuse_nonfinite
 
 
 class WholeGradients:
@@ -47,12 +46,7 @@ class WholeGradients:
             setting.model, self._state, projector.task, batch, projector.names, add
         )
         outputs = Outputs(outputs.f.cpu(), outputs.q.cpu())
-        for what, values in (
-            ("model outputs", outputs.f),
-            ("loss weights", outputs.q),
-            ("gradients", features_BP),
-        ):
-            _refuse_nonfinite(values, f"{label}: {what}")
+        refuse_nonfinite(features_BP, outputs, where=label, what="gradients")
         return features_BP, outputs
 
     def _zeros(self, size: int) -> Tensor:
@@ -61,15 +55,3 @@ class WholeGradients:
             self._memory = self._projector.drawn.zeros(size)
             return self._memory
         return self._memory[:size].zero_()
-
-
-def _refuse_nonfinite(values: Tensor, what: str) -> None:
-    values = values.reshape(len(values), -1)
-    # A sum is finite only if all of its terms are. It may overflow where they are: only such rows are looked at.
-    suspects = (~values.sum(1).isfinite()).nonzero().squeeze(1)
-    bad = [int(row) for row in suspects if not bool(values[row].isfinite().all())]
-    if bad:
-        raise NonFiniteError(
-            f"{what} are NaN or infinite for {len(bad)} of {len(values)} examples, first at position {bad[0]} of the batch. Look at the model's "
-            "output there; a model in float16 may overflow: try dtype=torch.float32"
-        )
