@@ -11,7 +11,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 WIDE := .venv-wide
 WIDE_TESTS := tests/integration/test_integrations_adapters.py tests/integration/test_examples_imagenet.py tests/integration/test_examples_clip.py \
-  tests/unit/test_integrations_quanda.py tests/unit/test_tasks_contrastive.py
+  tests/unit/test_integrations_quanda.py tests/unit/test_tasks_contrastive.py tests/integration/test_integrations_vision.py \
+  tests/unit/test_gradients_norms_vision.py
 
 .PHONY: help demo demo-quick test test-all test-wide lint format docs bench bench-quick clean
 

@@ -21,12 +21,7 @@ from trak.blocks import DenseBlock
 from trak.errors import GradientError, TrakError, UnsupportedLayerError
 from trak.gradients.alone import laid_out
 from trak.gradients.base import Consume, Gradients, Outputs, forward, random_state_kept
-from trak.gradients.layers import RULES, LayerRule
-from trak.gradients.layers.experts_transformers import (
-    TransformersExpertsRule,
-    expert_projections,
-    forward_of_experts,
-)
+from trak.gradients.layers import RULES, LayerRule, SteppedRule
 from trak.gradients.layers.multihead_attention import (
     InProjectionRule,
     forward_in_steps,
@@ -96,7 +91,7 @@ class Hooked(Gradients):
         """
         plan = self._plan(model, names)
         with LENDING:
-            stepped = [*self._attention(model, names), *self._experts(model, names)]
+            stepped = [*self._attention(model, names), *self._in_steps(model, names)]
         size = batch_size(batch)
         expanded = [name for name in self.expanded if name in names]
         detached = {name: tensor.detach() for name, tensor in state.items()}
@@ -175,19 +170,19 @@ class Hooked(Gradients):
                 found.append(Stepped(module, forward_in_steps(module, parts), layers))
         return found
 
-    def _experts(self, model: nn.Module, names: Sequence[str]) -> list[Stepped]:
-        """Experts of one module with attributed parameters that the rule has."""
+    def _in_steps(self, model: nn.Module, names: Sequence[str]) -> list[Stepped]:
+        """Modules whose rule has them computed in steps, and the attributed parameters of each step."""
         found = []
         for name, module, local_names in self._ruled(model, names):
             rule = _rule_for(self.rules, module, local_names)
-            if isinstance(rule, TransformersExpertsRule):
-                parts = expert_projections(module)
+            if isinstance(rule, SteppedRule):
+                parts = rule.parts(module)
                 layers = []
                 for part in parts:
                     own = {local: local_names[local] for local in part.parameter_names & local_names.keys()}
                     if own:
                         layers.append(Layer(name, part, rule, own, self._is_routed(own)))
-                found.append(Stepped(module, forward_of_experts(module, parts), layers))
+                found.append(Stepped(module, rule.forward(module, parts), layers))
         return found
 
     def _is_routed(self, local_names: Mapping[str, str]) -> bool:
@@ -219,7 +214,7 @@ class Hooked(Gradients):
     def _layers(self, model: nn.Module, names: Sequence[str]) -> Iterator[Layer]:
         for module_name, module, local_names in self._ruled(model, names):
             rule = _rule_for(self.rules, module, local_names)
-            if rule is None or isinstance(rule, TransformersExpertsRule):
+            if rule is None or isinstance(rule, SteppedRule):
                 continue
             if not isinstance(module, nn.MultiheadAttention):
                 yield Layer(module_name, module, rule, local_names, self._is_routed(local_names))

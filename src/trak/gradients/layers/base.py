@@ -7,7 +7,7 @@ nearly always), T positions per example, I inputs, O outputs, C channels, L pixe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,62 @@ class LayerRule(ABC):
     @abstractmethod
     def blocks(self, call: LayerCall) -> Iterator[Block]:
         """Blocks of the attributed parameters."""
+
+
+class SteppedRule(LayerRule):
+    """A rule for modules that compute more than a hook on them could see.
+
+    For the length of a forward pass such a module gets a forward that computes the same and calls a module for each step with
+    parameters; it is these parts that are hooked, and that `blocks` is given as `LayerCall.module`.
+    """
+
+    @abstractmethod
+    def parts(self, module: Any) -> tuple[Any, ...]:
+        """The steps with parameters: modules with `parameter_names`, such as `Part`."""
+
+    @abstractmethod
+    def forward(self, module: Any, parts: tuple[Any, ...]) -> Callable[..., Any]:
+        """A forward for this module that calls `parts` as modules."""
+
+
+class Part(nn.Module):
+    """A step of another module, whose parameters and attributes it has as they are at the time.
+
+    compute: of the module and the step's input. It uses no other parameters than those of these names.
+    """
+
+    def __init__(self, module: nn.Module, names: frozenset[str], compute: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.parameter_names, self._compute = names, compute
+        self._module = (module,)  # in a tuple: not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        """What the module has."""
+        return getattr(vars(self)["_module"][0], name)
+
+    @property
+    def whole(self) -> nn.Module:
+        """The module."""
+        return self._module[0]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The step."""
+        return self._compute(self.whole, *inputs)
+
+
+def home(module: nn.Module) -> str:
+    """Where the code of the module's forward stands, such as "timm.layers.norm.LayerNorm2d.forward".
+
+    Subclasses that leave it alone share it; "" where it is patched, decorated or no Python function.
+    """
+    return "" if "forward" in vars(module) else class_home(type(module))
+
+
+def class_home(kind: type[nn.Module]) -> str:
+    """The same of a class; also while a module of it is computed in steps."""
+    forward = kind.forward
+    own = getattr(forward, "__globals__", {}).get("__name__")
+    return "" if own is None or hasattr(forward, "__wrapped__") else f"{own}.{forward.__qualname__}"
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module], methods: tuple[str, ...] = ("forward",)) -> bool:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trak.blocks import Block, DenseBlock
-from trak.gradients.layers.base import LayerCall, LayerRule, own_parameters
+from trak.gradients.layers.base import LayerCall, SteppedRule, own_parameters
 from trak.gradients.layers.rows import SortedRows
 
 _KNOWN = (None, "eager", "batched_mm", "grouped_mm")
@@ -77,7 +77,7 @@ class ExpertProjection(nn.Module):
 
 
 @dataclass(frozen=True)
-class TransformersExpertsRule(LayerRule):
+class TransformersExpertsRule(SteppedRule):
     """∇W_b[e] = Σ_{t sent to e} ∇y_bt ⊗ x_bt, ∇b_b[e] = Σ_{t sent to e} ∇y_bt."""
 
     def covers(self, module: nn.Module) -> frozenset[str]:
@@ -89,6 +89,14 @@ class TransformersExpertsRule(LayerRule):
     def event_ndim(self, module: Any) -> int:
         """One vector."""
         return 1
+
+    def parts(self, module: Any) -> tuple[ExpertProjection, ...]:
+        """See `expert_projections`."""
+        return expert_projections(module)
+
+    def forward(self, module: Any, parts: tuple[Any, ...]) -> Callable[..., Tensor]:
+        """See `forward_of_experts`."""
+        return forward_of_experts(module, parts)
 
     def blocks(self, call: LayerCall) -> Iterator[Block]:
         """Dense: [B, E, O, I] and [B, E, O]."""

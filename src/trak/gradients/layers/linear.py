@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from trak.blocks import Block, OuterBlock
-from trak.gradients.layers.base import LayerCall, LayerRule, is_plain, own_parameters
+from trak.gradients.layers.base import LayerCall, LayerRule, home, is_plain, own_parameters
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class LinearRule(LayerRule):
     positions_are_rows = True
 
     def covers(self, module: nn.Module) -> frozenset[str]:
-        """Weight and bias."""
-        return own_parameters(module, "weight", "bias") if is_plain(module, nn.Linear) else frozenset()
+        """Weight and bias; timm's subclass computes the same."""
+        known = is_plain(module, nn.Linear) or home(module) == "timm.layers.linear.Linear.forward"
+        return own_parameters(module, "weight", "bias") if known else frozenset()
 
     def event_ndim(self, module: Any) -> int:
         """One vector."""
