@@ -34,7 +34,7 @@ from trak.precondition import (
     fit_preconditioner,
 )
 from trak.progress import bar
-from trak.projection import Factors, FittedProjection, Projection, ProjectionState
+from trak.projection import Factors, FittedProjection, Leading, Projection, ProjectionState
 from trak.scores import KernelScores, Member
 from trak.store import RowSet, Store, ranges_text
 from trak.tasks import Task
@@ -152,7 +152,7 @@ def featurize(
     rows: RowSet,
     *,
     label: str,
-    factors: Mapping[str, Factors] | None = None,
+    factors: Mapping[str, Factors | Leading] | None = None,
 ) -> None:
     """Compute and store φ, f and q of every row that is not stored yet.
 
@@ -195,7 +195,7 @@ class Projector:
         setting: Setting,
         state: Mapping[str, Tensor],
         model_id: int,
-        factors: Mapping[str, Factors] | None = None,
+        factors: Mapping[str, Factors | Leading] | None = None,
     ) -> None:
         self.setting, self.state, self.model_id, self.factors = setting, state, model_id, factors
         self.names = list(setting.shapes)

@@ -31,7 +31,7 @@ from trak.testing.factors import reference_factors, reference_features, referenc
 from trak.testing.models import Readout
 
 N, T = 40, 5
-EVERYTHING = trak.Eigenbasis(sample=None)
+EVERYTHING = trak.Eigenbasis(sample=None, whitening=1.0)
 
 
 def make(dtype=torch.float64):
@@ -307,6 +307,36 @@ def test_of_many_at_once_one_decides_for_all(tmp_path):
     (tmp_path / "kept" / "checkpoints" / "0" / "race.json").write_text("{")
     with pytest.raises(StoreError, match=r"race.json is damaged"):
         store.kept(0, "race")
+
+
+def test_the_store_holds_what_kept_entries_use_and_no_more(tmp_path):
+    model, train, _, states = make()
+    options = {"task": "image_classification", "save_dir": tmp_path / "kept"}
+    store = trak.TRAK(model=model, projection=trak.Eigenbasis(6), **options).fit(train, states[:1]).run.store
+    tensors = store.kept(0, "factors")
+    assert {key.partition(":")[0] for key in tensors} <= {"entries", "features", "scale", "rows", "columns"}
+    features = torch.cat([tensor for key, tensor in tensors.items() if key.startswith("features")])
+    assert sorted(features.tolist()) == list(range(6))
+    whole = trak.TRAK(model=model, projection=trak.Whitened(trak.Sparse(6)), task="image_classification").fit(
+        train, states[:1]
+    )
+    kept_whole = whole.run.store.kept(0, "factors")
+    assert sum(t.numel() for t in tensors.values()) < sum(t.numel() for t in kept_whole.values()) / 2
+
+
+def test_a_store_of_an_earlier_version_is_refused(tmp_path, monkeypatch):
+    model, train, targets, states = make()
+    options = {
+        "task": "image_classification",
+        "checkpoints": states[:1],
+        "projection": trak.Eigenbasis(20),
+        "save_dir": tmp_path / "kept",
+    }
+    monkeypatch.setattr(trak.Eigenbasis, "version", 2)
+    trak.attribute(model, train, targets, **options)
+    monkeypatch.undo()
+    with pytest.raises(FingerprintError, match="projection"):
+        trak.attribute(model, train, targets, **options)
 
 
 def test_other_options_in_the_same_folder_are_refused(tmp_path):

@@ -13,13 +13,18 @@ from trak.blocks import ConvBlock, DenseBlock, IndexBlock, OuterBlock
 from trak.errors import ProjectionError
 from trak.projection import (
     FactorOptions,
+    Factors,
     Moments,
     factors_from_tensors,
     factors_to_tensors,
     from_fingerprint,
     joined,
+    moments,
 )
+from trak.projection.entries import Entries, leading_to_tensors
 from trak.projection.leading import largest
+from trak.projection.moments import _add_moments, _stays_factored
+from trak.projection.turning import is_outer
 from trak.testing.factors import Known, reference_factors, reference_features, reference_kernel
 from trak.testing.projection import CHECKS, SHAPES, example_blocks, flat_gradients
 
@@ -99,10 +104,10 @@ def test_contract(projection, factors, check):
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfac"])
 @pytest.mark.parametrize("largest_side", [2048, 7], ids=["turned", "long sides not turned"])
-@pytest.mark.parametrize("table", [1 << 18, 0], ids=["small", "large table"])
+@pytest.mark.parametrize("panel", [128, 2], ids=["one panel", "panels"])
 @pytest.mark.parametrize("piece", [1 << 24, 100], ids=["whole", "example by example"])
-def test_factors_are_those_of_dense_gradients(kind, largest_side, table, piece, monkeypatch):
-    monkeypatch.setattr("trak.projection.pieces.SMALL_TABLE", table)
+def test_factors_are_those_of_dense_gradients(kind, largest_side, panel, piece, monkeypatch):
+    monkeypatch.setattr("trak.projection.moments.PANEL_ROWS", panel)
     monkeypatch.setattr("trak.projection.turning.PIECE_ENTRIES", piece)
     batches = drawn_batches()
     gradients_NP, weights_N = gradients_and_weights(batches)
@@ -217,6 +222,8 @@ def many_blocks():
         ConvBlock("p", (6, 1, 3), draw(5, 1, 4), draw(5, 6, 4), **plain),
         ConvBlock("p", (6, 1, 3), draw(5, 1, 40), draw(5, 6, 40), **plain),
         ConvBlock("p", (6, 1, 3), draw(10, 1, 4), draw(10, 6, 4), **plain),
+        ConvBlock("p", (6, 3, 1, 1), draw(5, 3, 2, 2), draw(5, 6, 1, 2), (2, 1), (0, 0), (1, 1), 1, 5),
+        IndexBlock("p", (6, 3), torch.randint(6, (5, 9), generator=generator), draw(5, 9, 3)),
         ConvBlock("p", (6, 1, 3), draw(5, 2, 4), draw(5, 6, 4), **{**plain, "groups": 2}),
     ]
 
@@ -226,8 +233,11 @@ def many_blocks():
 )
 @pytest.mark.parametrize("largest_side", [2048, 5, 2], ids=["turned", "rows not turned", "not turned"])
 @pytest.mark.parametrize("piece", [1 << 24, 30])
-def test_every_kind_of_block_is_treated_as_a_dense_one(block, largest_side, piece, monkeypatch):
+@pytest.mark.parametrize("cost", [0, 10**9], ids=["picked", "contracted"])
+def test_every_kind_of_block_is_treated_as_a_dense_one(block, largest_side, piece, cost, monkeypatch):
     monkeypatch.setattr("trak.projection.turning.PIECE_ENTRIES", piece)
+    monkeypatch.setattr("trak.projection.turning.PICKED_AT_ONCE", piece)
+    monkeypatch.setattr("trak.projection.turning.PICK_COST", cost)
     shapes = {"p": block.shape}
     dense = DenseBlock(block.name, block.shape, block.dense())
     weights_B = torch.rand(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -245,6 +255,138 @@ def test_every_kind_of_block_is_treated_as_a_dense_one(block, largest_side, piec
         projection.add(state, block, found_BK)
         projection.add(state, dense, expected_BK)
         torch.testing.assert_close(found_BK, expected_BK)
+
+
+@pytest.mark.parametrize("block", many_blocks(), ids=lambda block: type(block).__name__)
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("is_factored", [True, False], ids=["factored", "formed"])
+def test_moments_are_those_of_dense_gradients(block, sides, is_factored, monkeypatch):
+    """Either way, and of a side that is not turned the diagonal."""
+    monkeypatch.setattr(
+        "trak.projection.moments._stays_factored", lambda block, *sides: is_factored and is_outer(block)
+    )
+    rows, columns = (
+        torch.zeros((size, size) if is_turned else (size,), dtype=torch.float64)
+        for size, is_turned in zip(block.matrix_shape, sides)
+    )
+    weights_B = torch.rand(5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    _add_moments(block, weights_B, rows, columns)
+    matrices_BRC = block.dense().reshape(5, *block.matrix_shape)
+    for found, formula in ((rows, "b,brc,bsc->rs"), (columns, "b,brc,brd->cd")):
+        expected = torch.einsum(formula, weights_B, matrices_BRC, matrices_BRC)
+        if found.ndim == 1:
+            torch.testing.assert_close(found, expected.diagonal())
+        else:
+            torch.testing.assert_close(found.tril(), expected.tril())
+
+
+def test_what_takes_the_fewest_multiplications_is_taken():
+    few, many = (
+        ConvBlock(
+            "p",
+            (32, 16, 3, 3),
+            torch.randn(2, 16, n, n),
+            torch.randn(2, 32, n, n),
+            (1, 1),
+            (1, 1),
+            (1, 1),
+            1,
+            2,
+        )
+        for n in (2, 32)
+    )
+    grouped = ConvBlock("p", (32, 8, 3, 3), few.inputs, few.gradients, (1, 1), (1, 1), (1, 1), 2, 2)
+    full, diagonal = torch.zeros(32, 32), torch.zeros(32)
+    assert _stays_factored(few, full, torch.zeros(144, 144))
+    assert _stays_factored(few, full, torch.zeros(144))
+    assert not _stays_factored(many, full, torch.zeros(144, 144))
+    assert not _stays_factored(grouped, full, torch.zeros(72, 72))
+    # Where diagonals are all that is wanted there is little to do with the gradient.
+    eight = ConvBlock("p", (32, 16, 1), torch.randn(2, 16, 8), torch.randn(2, 32, 8), (1,), (0,), (1,), 1, 2)
+    assert _stays_factored(eight, full, torch.zeros(16, 16))
+    assert not _stays_factored(eight, diagonal, torch.zeros(16))
+
+
+@pytest.mark.parametrize("largest_side", [2048, 40], ids=["turned", "columns not turned"])
+def test_a_convolution_of_few_positions_is_never_formed(largest_side, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"p": (24, 16, 3)}
+    block = ConvBlock(
+        "p",
+        shapes["p"],
+        torch.randn(5, 16, 2, generator=generator, dtype=torch.float64),
+        torch.randn(5, 24, 2, generator=generator, dtype=torch.float64),
+        (1,),
+        (1,),
+        (1,),
+        1,
+        5,
+    )
+    dense = [([DenseBlock("p", shapes["p"], block.dense())], torch.ones(5))]
+    options = FactorOptions("ekfac", None, largest_side, 40)
+    expected = fitted(dense, options, shapes)["p"].eigenvalues
+
+    def never(self):
+        raise AssertionError("the gradient is formed")
+
+    monkeypatch.setattr(ConvBlock, "dense", never)
+    found = fitted([([block], torch.ones(5))], options, shapes)
+    torch.testing.assert_close(found["p"].eigenvalues, expected)
+    projection = trak.Eigenbasis(10, largest_side=largest_side)
+    state = projection.init(shapes, factors=found, dtype=torch.float64)
+    out_BK = state.zeros(5)
+    projection.add(state, block, out_BK)
+    assert (out_BK != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["outer", "convolution", "two images of each example"])
+@pytest.mark.parametrize("count", [1, 30, 200])
+@pytest.mark.parametrize("piece", [1 << 24, 300])
+def test_entries_by_rows_are_those_of_the_whole_product(kind, count, piece, monkeypatch):
+    monkeypatch.setattr("trak.projection.turning.PIECE_ENTRIES", piece)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    plain = {"stride": (1,), "padding": (1,), "dilation": (1,), "groups": 1, "examples": 5}
+    block = {
+        "outer": lambda: OuterBlock("p", (21, 5, 3), draw(5, 1, 4, 21), draw(5, 1, 4, 15)),
+        "convolution": lambda: ConvBlock("p", (21, 5, 3), draw(5, 5, 4), draw(5, 21, 4), **plain),
+        "two images of each example": lambda: ConvBlock(
+            "p", (21, 5, 3), draw(10, 5, 4), draw(10, 21, 4), **plain
+        ),
+    }[kind]()
+    bases = [torch.linalg.qr(draw(size, size))[0] for size in (21, 15)]
+    flat_k = torch.randperm(21 * 15, generator=generator)[:count].sort().values
+    entries = Entries.of(Factors(*bases, draw(21, 15)), flat_k)
+    expected_Bk = (bases[0].T @ block.dense().flatten(2) @ bases[1]).flatten(1)[:, flat_k]
+    for multiplications in (0, 10**12):
+        monkeypatch.setattr(
+            "trak.projection.entries.multiplications", lambda *args, given=multiplications: given
+        )
+        found = list(entries.pieces(block))
+        assert entries._goes_by_rows(block) == (multiplications > 0)
+        assert len(found) > 1 or piece > 300
+        torch.testing.assert_close(torch.cat([picked_bk for _, picked_bk in found]), expected_Bk)
+    assert torch.cat([torch.arange(count)[group.entries] for group in entries.groups]).tolist() == [
+        *range(count)
+    ]
+    assert sum(group.area for group in entries.groups) <= entries.rows.width * entries.columns.width
+
+
+def test_rows_of_a_table_that_no_example_touches_are_not_looked_at(monkeypatch):
+    """Nor is the gradient formed: a batch's rows are as many as its tokens."""
+    sizes = []
+    products = moments._add_products
+    monkeypatch.setattr(
+        moments, "_add_products", lambda one, *a, **k: (sizes.append(one.numel()), products(one, *a, **k))[1]
+    )
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(300, (8, 6), generator=generator)
+    block = IndexBlock("p", (300, 4), indices, torch.randn(8, 6, 4, generator=generator))
+    fitted([([block], torch.ones(8))], shapes={"p": (300, 4)})
+    assert max(sizes) <= 8 * 6 * 4
 
 
 def test_blocks_of_one_parameter_are_summed_up():
@@ -379,6 +521,100 @@ def test_factors_go_through_named_tensors():
     }
     with pytest.raises(ProjectionError, match="belong to other parameters"):
         factors_from_tensors(tensors, {"other": (2, 3)})
+
+
+@pytest.mark.parametrize("factors", [FACTORS, LONG], ids=["turned", "long sides not turned"])
+@pytest.mark.parametrize("dim", [1, 13, 60, 200])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kept_entries_give_the_same_numbers(factors, dim, dtype):
+    projection = trak.Eigenbasis(dim, whitening=0.3)
+    tensors = projection.to_keep(SHAPES, factors)
+    kept = projection.from_kept(SHAPES, tensors)
+    states = [projection.init(SHAPES, factors=one, dtype=dtype) for one in (factors, kept)]
+    blocks, found = example_blocks(5, seed=3), []
+    for state in states:
+        found.append(state.zeros(5))
+        for block in blocks:
+            projection.add(state, block, found[-1])
+    assert torch.equal(found[0], found[1])
+    assert states[0].chosen.keys() == states[1].chosen.keys()
+    for name in SHAPES:
+        assert torch.equal(projection.matrix(states[0], name), projection.matrix(states[1], name))
+    # And once more from what is kept.
+    again = leading_to_tensors(kept)
+    assert tensors.keys() == again.keys()
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+
+
+def test_few_entries_keep_few_eigenvectors():
+    shapes = {"p": (60, 50), "q": (40, 30)}
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            [
+                OuterBlock(
+                    name,
+                    shape,
+                    scale * torch.randn(5, 1, 4, shape[0], generator=generator),
+                    torch.randn(5, 1, 4, shape[1], generator=generator),
+                )
+                for (name, shape), scale in zip(shapes.items(), (1, 1e-3))
+            ],
+            torch.ones(5),
+        )
+    ]
+    factors = fitted(batches, trak.Eigenbasis(7).factor_options, shapes)
+    tensors = trak.Eigenbasis(7).to_keep(shapes, factors)
+    assert len(tensors["entries:p"]) == 7
+    # All entries are of the first parameter, and nothing is kept of the other.
+    assert sum(tensor.numel() for name, tensor in tensors.items() if name.endswith(":q")) == 0
+    assert tensors["rows:p"].shape[1] <= 7
+    assert tensors["columns:p"].shape[1] <= 7
+    whole = factors_to_tensors(factors)
+    assert sum(t.numel() for t in tensors.values()) < sum(t.numel() for t in whole.values()) / 10
+    assert trak.Whitened(trak.Sparse(7)).to_keep(shapes, factors).keys() == whole.keys()
+
+
+LEADING = trak.Eigenbasis(20).from_kept(SHAPES, trak.Eigenbasis(20).to_keep(SHAPES, FACTORS))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: trak.Eigenbasis(21).init(SHAPES, factors=LEADING), "kept entries are 20 of .* expected 21"),
+        (lambda: trak.Eigenbasis(20).init({"scale": (3,)}, factors=LEADING), "fit factors for this model"),
+        (lambda: trak.Whitened(trak.Sparse(4)).init(SHAPES, factors=LEADING), "needs whole factors"),
+        (
+            lambda: trak.Eigenbasis(20).from_kept(SHAPES, factors_to_tensors(FACTORS)),
+            "there are no kept entries of parameter",
+        ),
+        (
+            lambda: trak.Whitened(trak.Sparse(4)).from_kept(SHAPES, leading_to_tensors(LEADING)),
+            "belong to other parameters",
+        ),
+        (
+            lambda: trak.Eigenbasis(20).from_kept(
+                {name: (*shape[:-1], shape[-1] + 1) if shape else () for name, shape in SHAPES.items()},
+                leading_to_tensors(LEADING),
+            ),
+            "eigenvectors of lengths",
+        ),
+        (
+            lambda: trak.Eigenbasis(20).from_kept(
+                dict.fromkeys(SHAPES, (1,)),
+                {
+                    key: tensor
+                    for key, tensor in leading_to_tensors(LEADING).items()
+                    if not key.startswith(("rows", "columns"))
+                },
+            ),
+            "kept entries of parameter",
+        ),
+    ],
+)
+def test_kept_entries_of_something_else_are_refused(make, match):
+    with pytest.raises(ProjectionError, match=match):
+        make()
 
 
 @pytest.mark.parametrize(

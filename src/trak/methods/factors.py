@@ -17,9 +17,8 @@ from trak.progress import bar
 from trak.projection import (
     Factors,
     FittedProjection,
+    Leading,
     Moments,
-    factors_from_tensors,
-    factors_to_tensors,
     joined,
 )
 from trak.store import Store
@@ -70,8 +69,8 @@ def kept_factors(
     source: RowSource,
     *,
     label: str,
-) -> dict[str, Factors] | None:
-    """The factors of a checkpoint from the store, fitted and kept there if there are none; None for ordinary projections.
+) -> Mapping[str, Factors | Leading] | None:
+    """What the projection needs of a checkpoint's factors, from the store, fitted and kept there if there are none; None for ordinary projections.
 
     Of several processes that fit at the same time one keeps its factors, and all use those.
 
@@ -89,13 +88,13 @@ def kept_factors(
         if is_begun:
             raise ProtocolError(_lost(store, model_id))
         found = fit_factors(setting, state, source, label=label)
-        tensors = store.keep(model_id, NAME, factors_to_tensors(found))
-    return factors_from_tensors(tensors, setting.shapes)
+        tensors = store.keep(model_id, NAME, setting.projection.to_keep(setting.shapes, found))
+    return setting.projection.from_kept(setting.shapes, tensors)
 
 
 def stored_factors(
     setting: Setting, store: Store, model_id: int, *, is_needed: bool = True
-) -> dict[str, Factors] | None:
+) -> Mapping[str, Factors | Leading] | None:
     """The factors of a checkpoint whose training set is featurized; None for ordinary projections, and if there are none that are needed.
 
     Raises:
@@ -108,7 +107,7 @@ def stored_factors(
         if not is_needed:
             return None
         raise ProtocolError(_lost(store, model_id))
-    return factors_from_tensors(tensors, setting.shapes)
+    return setting.projection.from_kept(setting.shapes, tensors)
 
 
 def _lost(store: Store, model_id: int) -> str:

@@ -3,6 +3,7 @@
 from trak.projection.base import Columns, Projection, ProjectionState, Shapes
 from trak.projection.default import default_projection
 from trak.projection.eigenbasis import Eigenbasis
+from trak.projection.entries import Leading
 from trak.projection.factors import FactorOptions, Factors, factors_from_tensors, factors_to_tensors
 from trak.projection.fitted import FittedProjection
 from trak.projection.gaussian import Gaussian
@@ -24,6 +25,7 @@ __all__ = [
     "Gaussian",
     "Identity",
     "Kronecker",
+    "Leading",
     "Moments",
     "Projection",
     "ProjectionState",

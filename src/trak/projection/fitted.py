@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trak.errors import ProjectionError
 from trak.projection.base import Projection, ProjectionState, Shapes
 from trak.projection.checks import check_integer
+from trak.projection.entries import Leading
 from trak.projection.factors import FactorOptions, Factors, check_factors
 
 DEFAULT_SAMPLE = 2000
@@ -44,11 +46,6 @@ class FittedProjection(Projection):
 
     def __post_init__(self) -> None:
         check_fitted_options(self.whitening, self.factors, self.sample, self.largest_side)
-
-    @property
-    def version(self) -> int:
-        """Version of how factors are fitted and used."""
-        return 2
 
     @property
     @abstractmethod
@@ -79,26 +76,47 @@ class FittedProjection(Projection):
         checkpoint: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        factors: Mapping[str, Factors] | None = None,
+        factors: Mapping[str, Factors | Leading] | None = None,
     ) -> ProjectionState:
-        """The matrix for one checkpoint, from its factors.
+        """The matrix for one checkpoint, from its factors or from what `from_kept` gives.
 
         Raises:
             ProjectionError: no factors, or those of other parameters; or as for other kinds.
         """
 
+    @abstractmethod
+    def to_keep(self, shapes: Shapes, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+        """What `init` needs of factors, as named tensors.
+
+        Raises:
+            ProjectionError: factors of other parameters.
+        """
+
+    @abstractmethod
+    def from_kept(self, shapes: Shapes, tensors: Mapping[str, Tensor]) -> Mapping[str, Factors | Leading]:
+        """What `to_keep` gave, for `init`.
+
+        Raises:
+            ProjectionError: it belongs to other parameters, or to another kind.
+        """
+
 
 def require_factors(
-    projection: FittedProjection, factors: Mapping[str, Factors] | None, shapes: Shapes
+    projection: FittedProjection, factors: Mapping[str, Factors | Leading] | None, shapes: Shapes
 ) -> Mapping[str, Factors]:
-    """The factors, or ProjectionError if there are none or they do not fit the parameters."""
+    """The whole factors, or ProjectionError if there are none or they do not fit the parameters."""
     if factors is None:
         raise ProjectionError(
             f"{projection!r} is fitted to training gradients, and there are no factors: trak.attribute and trak.TRAK fit them by themselves, "
             "with trak.TRAKer call fit_factors(train_set) after load_checkpoint(), and give what you have to init(..., factors=...)"
         )
-    check_factors(factors, shapes)
-    return factors
+    whole = {name: found for name, found in factors.items() if isinstance(found, Factors)}
+    if len(whole) < len(factors):
+        raise ProjectionError(
+            f"{projection!r} needs whole factors, and there are kept entries of an Eigenbasis: fit factors for it"
+        )
+    check_factors(whole, shapes)
+    return whole
 
 
 def check_fitted_options(whitening: Any, factors: Any, sample: Any, largest_side: Any) -> None:

@@ -17,7 +17,8 @@ from trak.blocks import Block, DenseBlock, IndexBlock
 from trak.errors import ProjectionError
 from trak.projection.base import Columns, Projection, ProjectionState, Shapes
 from trak.projection.checks import check_add, check_name, check_state_options, require_state, resolve_device
-from trak.projection.factors import Factors, matrix_shape
+from trak.projection.entries import Leading
+from trak.projection.factors import Factors, factors_from_tensors, factors_to_tensors, matrix_shape
 from trak.projection.fitted import FittedProjection, require_factors
 from trak.projection.pieces import upcast
 from trak.projection.turning import Side, example_pieces, full_sides, turn
@@ -65,6 +66,11 @@ class Whitened(FittedProjection):
         return "whitened"
 
     @property
+    def version(self) -> int:
+        """Version of how factors are fitted and used."""
+        return 2
+
+    @property
     def candidates(self) -> None:
         """None: every entry counts."""
         return None
@@ -80,7 +86,7 @@ class Whitened(FittedProjection):
         checkpoint: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        factors: Mapping[str, Factors] | None = None,
+        factors: Mapping[str, Factors | Leading] | None = None,
     ) -> WhitenedState:
         """Draw the inner projection.
 
@@ -96,6 +102,22 @@ class Whitened(FittedProjection):
             own = factors[name].to(device, dtype)
             bases[name] = (*full_sides(own), own.scale(self.whitening))
         return WhitenedState(dict(shapes), checkpoint, inner.dim, device, dtype, inner, bases)
+
+    def to_keep(self, shapes: Shapes, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+        """All of the factors.
+
+        Raises:
+            ProjectionError: factors of other parameters.
+        """
+        return factors_to_tensors(require_factors(self, factors, shapes))
+
+    def from_kept(self, shapes: Shapes, tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+        """All of the factors.
+
+        Raises:
+            ProjectionError: they belong to other parameters, or are not whole.
+        """
+        return factors_from_tensors(tensors, shapes)
 
     def add(self, state: ProjectionState, block: Block, out_BK: Tensor) -> None:
         """Whiten one block of one batch, and have the inner projection add it to `out`."""
