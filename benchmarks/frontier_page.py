@@ -27,8 +27,8 @@ TITLES = {
 METHODS = (
     *(
         "trak",
-        "trak-1024",
-        "trak-eigenbasis",
+        "trak-sparse",
+        "trak-sparse-1024",
         "trak-per-layer",
         "trak-paper",
         "gradient-dot",

@@ -252,6 +252,30 @@ def compiling(record: dict) -> str:
     return f"{table(head, rows)}\n\n{setup} {facts(record)}"
 
 
+def fitting(record: dict) -> str:
+    rows = []
+    for name, case in record["results"].items():
+        ratios, kept = case["ratios"], case["bytes"]
+        passes = (ratios["moments"], ratios["squares"], ratios["moments"] + ratios["squares"])
+        rows.append(
+            [
+                name,
+                f"{case['parameters']:,}",
+                number(1000 * case["plain_pass_seconds"] / case["batch_size"]),
+                *(f"{passed:.2f}" for passed in passes),
+                f"{sum(case['fixed_seconds'].values()):.1f}",
+                *(f"{ratios[kind]:.2f}" for kind in ("Eigenbasis", "Sparse")),
+                *(f"{kept[what] / 2**20:.1f}" for what in ("model", "moments", "kept")),
+            ]
+        )
+    head = ["model", "parameters", "plain pass, ms an example", "first pass", "second pass", "both", "fixed part, s"]
+    head += ["then: Eigenbasis", "Sparse", "model, MiB", "moments, MiB", "kept, MiB"]
+    batches = sorted({case["batches"] for case in record["results"].values()})
+    dates = sorted({case["date"] for case in record["results"].values()})
+    setup = f"K = {record['dim']:,}. Medians of {' or '.join(map(str, batches))} batches, {' and '.join(dates)}."
+    return f"{table(head, rows)}\n\n{setup} {facts(record)}"
+
+
 def signed(value: float) -> str:
     """Five places, with a sign."""
     return f"{value:+.5f}".replace("-", "−")
@@ -297,6 +321,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "growth": ("performance", "growth", growth),
     "batches": ("performance", "batches", batches),
     "compile": ("performance", "compile", compiling),
+    "fitting": ("performance", "fitting", fitting),
     "precision": ("numerics", "precision", precision),
 }
 """Name of a section to its page, its result and how the one becomes the other."""

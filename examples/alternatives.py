@@ -4,10 +4,10 @@
 
 `--what weights`: the exponent of the loss weights, the Gram matrix with and without the log loss's second derivatives, the leverage
 correction. `--what damping`: the automatic rule and a sweep of fixed damping; `--what dimensions`: a sweep of effective dimensions; `--what
-directions`: of the bound on it in the automatic rule (for the leading entries of the eigenbasis with `--projection eigenbasis:4096`). `--what rules`:
-the automatic rule and those of ridge regression, each with an eigendecomposition for every checkpoint. `--what whitening`: gradients
-whitened by K-FAC or EK-FAC and projected at random (`trak.Whitened`), or cut off to their leading entries (`trak.Eigenbasis`), with and without
-the Gram matrix.
+directions`: of the bound on it in the automatic rule of random columns. `--what diagonal`: multiples of the Gram matrix's diagonal and of its
+trace, for the leading entries of the eigenbasis with `--projection eigenbasis:4096`. `--what rules`: the automatic rule and those of ridge
+regression, each with an eigendecomposition for every checkpoint. `--what whitening`: gradients whitened by K-FAC or EK-FAC and projected
+at random (`trak.Whitened`), or cut off to their leading entries (`trak.Eigenbasis`), with and without the Gram matrix.
 Features are computed once and kept in `--save-dir`. Gains are 95% intervals of the difference to the first row, paired.
 """
 
@@ -35,6 +35,7 @@ from trak.precondition import CrossValidationDamping, Damping, EffectiveDimensio
 SHARES = (30, 100, 300, 1000, 3000, 10_000)
 DIMENSIONS = (50, 100, 150, 200, 250, 300, 400, 500, 700)
 DIRECTIONS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0)
+DIAGONALS = (0.0, 0.3, 1.0, 2.0, 3.0, 10.0)
 NO_GRAM = trak.AutomaticDamping(share=1e-6)  # so much that scores are inner products
 
 
@@ -76,6 +77,11 @@ def alternatives(
     if "dimensions" in what:
         for dimension in DIMENSIONS:
             yield f"effective dimension {dimension}", {"damping": EffectiveDimensionDamping(dimension)}
+    if "diagonal" in what:
+        yield "automatic", {}
+        for diagonal, share in product(DIAGONALS, SHARES[2:]):
+            rule = trak.MarquardtDamping(diagonal, share / size**0.5, None)  # λ = trace / share
+            yield f"{diagonal:g} diagonal, trace / {share}", {"damping": rule}
     if "directions" in what:
         yield "automatic", {}
         for directions in DIRECTIONS:
@@ -134,7 +140,7 @@ def main() -> None:
     add(
         "--what",
         nargs="+",
-        choices=("weights", "damping", "rules", "dimensions", "directions", "whitening"),
+        choices=("weights", "damping", "rules", "dimensions", "directions", "diagonal", "whitening"),
         default=["weights", "damping"],
     )
     add("--checkpoints", type=int, nargs="+", default=[1, 3], help="ensemble sizes")

@@ -152,7 +152,7 @@ def score(method: str, problem: Problem, settings: Settings) -> np.ndarray:
     common: dict[str, Any] = {"model": Network(), "task": "image_classification"}
     sources: list[Any] = problem.checkpoints
     if method == "trak":
-        attributor: Any = trak.TRAK(**common)
+        attributor: Any = trak.TRAK(**common, projection=trak.Sparse(4096))  # random columns, as in the paper
     elif method == "tracin":
         # The mean over networks of a sum along training.
         sources = [path for trajectory in problem.trajectories for path in trajectory]

@@ -164,7 +164,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=int, default=None, help=f"{text} [{default}]")
     add("--k", type=int, nargs="+", help="how many pairs are removed [50 250]")
     add("--epochs", type=int, help="passes over the training pairs [6; of fine-tuning 3]")
-    add("--dim", type=int, help="of a sparse projection [the library's default]")
+    add("--dim", type=int, help="of the sparse projection [4096]")
     add("--threads", type=int, default=1, help="of torch [%(default)s]")
     add(
         "--page",
@@ -172,7 +172,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"only write {clip_results.PAGE.name} and its figure from the recorded result",
     )
     options = parser.parse_args(arguments)
-    defaults = {name.replace("-", "_"): default for name, (default, _) in sizes.items()} | {"k": [50, 250]}
+    defaults = {name.replace("-", "_"): default for name, (default, _) in sizes.items()}
+    defaults |= {"k": [50, 250], "dim": 4096}
     for name, default in (defaults | (QUICK if options.quick else {})).items():
         if getattr(options, name) is None:
             setattr(options, name, default)

@@ -151,7 +151,8 @@ def attribute(
         "model": family.build(0),
         "task": family.task(options.negatives),
         "parameters": list(family.parameters),
-        "projection": None if options.dim is None else trak.Sparse(dim=options.dim),
+        # Random columns, as in the paper: TracIn reads the same features.
+        "projection": trak.Sparse(dim=options.dim),
         "save_dir": options.out / "features",
         "feature_dtype": "float16",
         "device": options.device,

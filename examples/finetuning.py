@@ -286,9 +286,8 @@ def evaluate(
 
 
 def gradient_options(options: argparse.Namespace) -> dict[str, Any]:
-    """Where features are kept, and their projection: the same for every method that reads gradients."""
-    projection = {} if options.dim is None else {"projection": trak.Sparse(dim=options.dim)}
-    return {"save_dir": options.out / "features", **projection}
+    """Where features are kept, and their projection, random columns as in the paper: the same for every method that reads gradients."""
+    return {"save_dir": options.out / "features", "projection": trak.Sparse(dim=options.dim)}
 
 
 def same_label_scores(task: Task) -> Tensor:
@@ -424,7 +423,7 @@ def add_stages(
     add("--models", type=int, default=models, help="checkpoints to train [%(default)s]")
     add("--checkpoints", type=int, nargs="+", default=sizes,
         help=f"of them in an ensemble [{' '.join(map(str, sizes))}]")  # fmt: skip
-    add("--dim", type=int, help="of a sparse projection [the library's default]")
+    add("--dim", type=int, default=4096, help="of the sparse projection")
     add("--workers", type=int, default=1, help="models in training at a time, a core each [%(default)s]")
     add("--train-only", action="store_true", help="train the models and stop")
 

@@ -51,6 +51,7 @@ from trak.precondition import (
     EffectiveDimensionDamping,
     EvidenceDamping,
     FixedDamping,
+    MarquardtDamping,
     RelativeDamping,
 )
 from trak.projection import (
@@ -123,6 +124,7 @@ __all__ = [
     "KNNShapley",
     "Kronecker",
     "LiSSAInfluence",
+    "MarquardtDamping",
     "MaskedLM",
     "MissingDependencyError",
     "MissingRowsError",

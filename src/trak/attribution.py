@@ -59,9 +59,12 @@ def attribute(
             a function (model, batch) -> f [batch], or a `trak.Task` such as `trak.ContrastivePairs` or `trak.Diffusion`.
         checkpoints: the ensemble: state dicts, paths (.safetensors, .pt, folders), modules, or functions that return one. More checkpoints,
             trained on different subsets or from different seeds, give better scores. None: the model's own state.
-        projection: how gradients are compressed, e.g. `trak.Sparse(dim=4096, seed=0)`, or `trak.Eigenbasis(dim=4096)`, which is fitted to some of
-            the training set first and predicts retraining better; None for the default for this model's size.
-        damping: λ ≥ 0 as a number in units of squared gradient norm, `trak.RelativeDamping(ratio)` of the mean eigenvalue, or "auto".
+        projection: how gradients are compressed. None: by the number of attributed parameters, `trak.Identity()` up to 4,096,
+            `trak.Eigenbasis(4096)`, which is fitted to some of the training set first, up to 50 million, and `trak.Kronecker(8192)` beyond.
+            The paper's random columns are `trak.Rademacher(dim=4096, seed=0)`, or `trak.Sparse(4096)` for a fraction of the time.
+        damping: λ ≥ 0 as a number in units of squared gradient norm, `trak.RelativeDamping(ratio)` of the mean eigenvalue, or "auto":
+            `trak.MarquardtDamping()`, which adds a multiple of the Gram matrix's diagonal to λI, with `trak.Eigenbasis`, and
+            `trak.AutomaticDamping()` otherwise.
         preconditioner: "whole" for the paper's K × K Gram matrix, "per_layer" for one block for each layer.
         gram: "logistic" for the Gram matrix ΦᵀR^γΦ with R = q (1 − q), the default for losses of a probability, or "uniform" for the paper's ΦᵀΦ.
         weight_exponent: γ, by default 1/2 for losses of a probability (classification) and 1 otherwise. The square root predicts retrained

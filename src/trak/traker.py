@@ -72,9 +72,10 @@ class TRAKer:
             `finalize_scores()` when no `model_ids` are given. Nothing there is ever deleted or overwritten.
         device: None for what the machine has.
         gradient_computer: a `trak` gradient source or its name.
-        projector: a `trak` projection; None for `proj_dim` columns of the default kind. With `trak.Eigenbasis`, which is fitted to training
-            gradients, call `fit_factors(train_set)` after each `load_checkpoint`.
-        proj_dim: K; None for the default for this model's size.
+        projector: a `trak` projection; None for `proj_dim` random columns: `trak.Sparse`, or `trak.Kronecker` beyond 50 million parameters.
+            With `trak.Eigenbasis`, the default of `trak.attribute`, which is fitted to training gradients and predicts retraining
+            better, call `fit_factors(train_set)` after each `load_checkpoint`.
+        proj_dim: K; None for 4,096, or 8,192 beyond 50 million parameters.
         projector_seed: the projection's seed.
         use_half_precision: store features in float16 with a scale for each row; sums are in float32 either way.
         grad_wrt: names or patterns of the parameters to attribute through.
@@ -407,7 +408,7 @@ def _projection(shapes: Any, proj_dim: int | None, seed: int) -> Projection:
 def _damping(lambda_reg: float | Damping | None, setting: Setting, dim: int) -> Damping:
     """The released package multiplies gradients by an unscaled ±1 matrix and divides by sqrt(P): its Gram is ours times K / P."""
     if lambda_reg is None or isinstance(lambda_reg, (Damping, str)):
-        return damping_for("auto" if lambda_reg is None else lambda_reg, setting.projection)
+        return damping_for("auto" if lambda_reg is None else lambda_reg, setting.projection, setting.task)
     fixed = resolve_damping(lambda_reg)
     assert isinstance(fixed, FixedDamping)
     num_parameters = sum(int(torch.Size(shape).numel()) for shape in setting.shapes.values())

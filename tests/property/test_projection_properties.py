@@ -161,9 +161,9 @@ def test_a_fingerprint_gives_the_projection_back(projection):
 
 
 @settings(max_examples=50)
-@given(shapes, st.integers(1, 200), seeds)
-def test_the_default_is_exact_where_it_can_be(shapes, dim, seed):
+@given(shapes, st.integers(1, 200), seeds, st.booleans())
+def test_the_default_is_exact_where_it_can_be(shapes, dim, seed, is_fitted):
     total = sum(prod(shape) for shape in shapes.values())
-    projection = default_projection(shapes, dim=dim, seed=seed)
+    projection = default_projection(shapes, dim=dim, seed=seed, is_fitted=is_fitted)
     assert isinstance(projection, Identity) == (total <= dim)
     assert projection.output_dim(shapes) == min(total, dim)

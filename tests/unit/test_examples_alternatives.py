@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from trak.evaluation import Bank
@@ -12,6 +13,7 @@ from trak.evaluation import Bank
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 RECIPE = """
+import pytest
 import torch
 
 torch.manual_seed(0)
@@ -37,11 +39,11 @@ def run(tmp_path, monkeypatch, words):
 
 
 def test_another_projection_and_its_directions(tmp_path, monkeypatch):
-    words = ["--what", "directions", "--projection", "eigenbasis:9", "--average", "1", "--checkpoints", "2"]
-    rows = run(tmp_path, monkeypatch, words)
+    words = ["--what", "directions", "--projection", "eigenbasis:9,whitening=1"]
+    rows = run(tmp_path, monkeypatch, [*words, "--average", "1", "--checkpoints", "2"])
     names = [f"directions {number:g}" for number in (1.5, 2, 2.5, 3, 4, 6)]
     assert [row["name"] for row in rows] == ["automatic", *names]
-    # More directions are less damping; automatically the eigenbasis has 2.5.
+    # More directions are less damping; automatically a whitened eigenbasis has 2.5.
     dampings = [row["damping"] for row in rows]
     assert dampings[1:] == sorted(dampings[1:], reverse=True)
     assert dampings[0] == dampings[3]
@@ -60,3 +62,15 @@ def test_the_trial_runs_and_compares_with_plain_features(tmp_path, monkeypatch):
         assert row["gain_low"] <= row["gain_high"]
         assert -1 <= row["low"] <= row["high"] <= 1
     assert len({row["lds"] for row in rows[:26]}) > 7
+
+
+def test_multiples_of_the_diagonal(tmp_path, monkeypatch):
+    words = ["--what", "diagonal", "--projection", "eigenbasis:9", "--average", "1", "--checkpoints", "2"]
+    rows = {row["name"]: row for row in run(tmp_path, monkeypatch, words)}
+    assert len(rows) == 1 + 6 * 4
+    shares = [rows[f"2 diagonal, trace / {share}"]["damping"] for share in (300, 1000, 3000)]
+    # λ is the trace over the share whatever the number of checkpoints, which the rule's own is not.
+    assert shares[0] / shares[1] == pytest.approx(10 / 3)
+    assert rows["automatic"]["damping"] == pytest.approx(shares[1] / 2**0.5)
+    assert rows["0 diagonal, trace / 300"]["damping"] == pytest.approx(shares[0])
+    assert rows["0 diagonal, trace / 300"]["lds"] != rows["10 diagonal, trace / 300"]["lds"]

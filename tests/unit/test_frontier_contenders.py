@@ -102,9 +102,9 @@ def test_large_models_are_projected():
     problem, _ = make(checkpoints=1)
     large = dataclasses.replace(problem, model=torch.nn.Linear(100, 60))
     by_name = {one.name: one for one in built_in_contenders(large)}
-    assert by_name["trak"].projection == trak.Sparse(4096)
-    assert by_name["trak-1024"].label == "TRAK, K = 1024"
-    assert by_name["trak-eigenbasis"].projection == trak.Eigenbasis(4096)
+    assert by_name["trak-sparse"].projection == trak.Sparse(4096)
+    assert by_name["trak-sparse-1024"].label == "TRAK, random columns, K = 1024"
+    assert by_name["trak"].projection == trak.Eigenbasis(4096)
     small = {one.name: one for one in built_in_contenders(problem)}
     assert small["trak"].projection == trak.Identity()
     assert "not projected" in small["trak"].label
@@ -134,7 +134,7 @@ def test_names_and_patterns(made):
     contenders = built_in_contenders(made[0])
     assert choose_contenders(contenders, []) == contenders
     chosen = choose_contenders(contenders, ["random", "trak*"])
-    trak_s = ["trak", "trak-1024", "trak-eigenbasis", "trak-per-layer", "trak-paper"]
+    trak_s = ["trak", "trak-sparse", "trak-sparse-1024", "trak-per-layer", "trak-paper"]
     assert [one.name for one in chosen] == [*trak_s, "random"]
     with pytest.raises(InputError, match="no method is called 'shap'"):
         choose_contenders(contenders, ["shap"])

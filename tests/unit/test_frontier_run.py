@@ -33,7 +33,7 @@ from trak.frontier.clock import OverTimeError, default_clock, time_limit
 
 N, T, D, S = 40, 5, 4, 16
 TRAINING = Training(seconds=Seconds(wall=3.0, processor=2.0), passes=6.0)
-CHEAP = ["trak-1024", "gradient-cosine", "representation-dot", "empirical-influence", "random"]
+CHEAP = ["trak-sparse-1024", "gradient-cosine", "representation-dot", "empirical-influence", "random"]
 
 
 def build(hidden):
@@ -96,8 +96,8 @@ def frontier(made, tmp_path_factory):
 def test_every_method_at_every_budget(frontier):
     rows = [(point.method, point.budget, point.num_models) for point in frontier.points]
     assert rows == [
-        ("trak-1024", 1, 1),
-        ("trak-1024", 3, 3),
+        ("trak-sparse-1024", 1, 1),
+        ("trak-sparse-1024", 3, 3),
         ("gradient-cosine", 1, 1),
         ("gradient-cosine", 3, 3),
         ("representation-dot", 1, 1),
@@ -121,7 +121,9 @@ def test_lds_is_what_the_method_gives_by_itself(made, frontier):
         projection=trak.Identity(),
         device="cpu",
     )
-    found = next(point for point in frontier.points if (point.method, point.budget) == ("trak-1024", 3))
+    found = next(
+        point for point in frontier.points if (point.method, point.budget) == ("trak-sparse-1024", 3)
+    )
     expected = bank.lds(alone.scores, num_bootstrap=50)
     assert (found.lds, found.low, found.high) == pytest.approx((expected.mean, expected.low, expected.high))
     assert found.lds > 0.3

@@ -7,6 +7,7 @@ from trak.errors import InputError, SingularGramError
 from trak.precondition import (
     AutomaticDamping,
     FixedDamping,
+    MarquardtDamping,
     RelativeDamping,
     accumulate_moments,
     fit_preconditioner,
@@ -143,6 +144,46 @@ def test_automatic_damping_of_a_flat_spectrum_by_hand():
     assert AutomaticDamping(directions=None).value(got) == pytest.approx(100 / 1000 / 8**0.5)
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.3, 2.0]),
+    st.floats(10, 1e5),
+    st.sampled_from([0.1, 4.0, None]),
+    st.sampled_from([1, 3, 16]),
+    st.booleans(),
+)
+def test_marquardt_damping_is_the_formula_group_by_group(
+    seed, diagonal, share, directions, num_checkpoints, apart
+):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(12, 6, dtype=torch.float64, generator=generator) * torch.arange(1, 7)
+    targets = torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    groups = [(0, 2), (2, 6)] if apart else [(0, 6)]
+    fits = moments(features, groups, product_dtype=torch.float64), {"num_checkpoints": num_checkpoints}
+    fitted = fit_preconditioner(fits[0], MarquardtDamping(diagonal, share, directions), **fits[1])
+    ridge = fit_preconditioner(fits[0], AutomaticDamping(share, directions), **fits[1])
+    assert fitted.dampings == ridge.dampings
+    for (start, stop), damping in zip(groups, fitted.dampings):
+        part = features[:, start:stop]
+        gram = part.T @ part
+        expected = gram + diagonal * gram.diagonal().diag() + damping * torch.eye(stop - start)
+        torch.testing.assert_close(
+            fitted.solve(targets)[:, start:stop], targets[:, start:stop] @ torch.linalg.inv(expected)
+        )
+    leverage = fitted.leverage(features)
+    assert (leverage >= 0).all() and (leverage <= len(groups) + 1e-9).all()
+
+
+def test_marquardt_damping_divides_uncorrelated_columns_alike():
+    """With ΦᵀΦ diagonal and λ nearly 0 every direction is a third of what it is without α = 2."""
+    features = torch.diag(torch.tensor([3.0, 1.0, 0.1], dtype=torch.float64))
+    got = moments(features, product_dtype=torch.float64)
+    plain = fit_preconditioner(got, MarquardtDamping(0.0, share=1e12, directions=None)).solve(features)
+    shared = fit_preconditioner(got, MarquardtDamping(2.0, share=1e12, directions=None)).solve(features)
+    torch.testing.assert_close(3 * shared, plain, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), "lots", None, True])
 def test_bad_damping(bad):
     with pytest.raises(InputError, match="damping"):
@@ -154,6 +195,10 @@ def test_bad_damping(bad):
             AutomaticDamping(share=bad)
         with pytest.raises(InputError, match="directions"):
             AutomaticDamping(directions=bad)
+        with pytest.raises(InputError, match="diagonal must be a number ≥ 0; got"):
+            MarquardtDamping(diagonal=bad)
+        with pytest.raises(InputError, match="share must be a positive number; got"):
+            MarquardtDamping(share=bad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -171,6 +216,9 @@ def test_singular_cases(dtype):
                 moments(features, product_dtype=dtype), FixedDamping(0.0), where="checkpoint 1"
             )
         fit_preconditioner(moments(features, product_dtype=dtype), AutomaticDamping())
+        fit_preconditioner(moments(features, product_dtype=dtype), MarquardtDamping())
+    # The diagonal alone makes a wide matrix definite.
+    fit_preconditioner(moments(wide, product_dtype=dtype), MarquardtDamping(1.0, share=1e15, directions=None))
 
 
 def test_all_zero_features_are_refused_even_with_automatic_damping():

@@ -104,15 +104,18 @@ def test_contract(projection, factors, check):
 
 @pytest.mark.parametrize("kind", ["ekfac", "kfac"])
 @pytest.mark.parametrize("largest_side", [2048, 7], ids=["turned", "long sides not turned"])
+@pytest.mark.parametrize("largest_vector", [512, 2], ids=["vectors turned", "long vectors not turned"])
 @pytest.mark.parametrize("panel", [128, 2], ids=["one panel", "panels"])
 @pytest.mark.parametrize("piece", [1 << 24, 100], ids=["whole", "example by example"])
-def test_factors_are_those_of_dense_gradients(kind, largest_side, panel, piece, monkeypatch):
+def test_factors_are_those_of_dense_gradients(kind, largest_side, largest_vector, panel, piece, monkeypatch):
+    monkeypatch.setattr("trak.projection.factors.LARGEST_VECTOR", largest_vector)
     monkeypatch.setattr("trak.projection.moments.PANEL_ROWS", panel)
     monkeypatch.setattr("trak.projection.turning.PIECE_ENTRIES", piece)
     batches = drawn_batches()
     gradients_NP, weights_N = gradients_and_weights(batches)
     found = fitted(batches, FactorOptions(kind, None, largest_side))
-    expected = reference_factors(gradients_NP, weights_N, SHAPES, kind=kind, largest_side=largest_side)
+    options = {"largest_side": largest_side, "largest_vector": largest_vector}
+    expected = reference_factors(gradients_NP, weights_N, SHAPES, kind=kind, **options)
     for name in SHAPES:
         torch.testing.assert_close(found[name].eigenvalues, expected[name].eigenvalues, rtol=1e-9, atol=1e-12)
         assert found[name].floor == pytest.approx(expected[name].floor)

@@ -7,6 +7,7 @@ from trak.blocks import DenseBlock, IndexBlock, OuterBlock
 from trak.errors import ProjectionError
 from trak.projection import (
     Columns,
+    Eigenbasis,
     Gaussian,
     Identity,
     Kronecker,
@@ -15,7 +16,7 @@ from trak.projection import (
     default_projection,
     from_fingerprint,
 )
-from trak.projection.default import DEFAULT_DIM
+from trak.projection.default import DEFAULT_DIM, LARGE_DIM, LARGE_MODEL
 
 KINDS = [Rademacher, Gaussian, Sparse, Kronecker]
 
@@ -123,6 +124,11 @@ def test_columns_are_layers():
 def test_default():
     assert default_projection({"w": (DEFAULT_DIM,)}) == Identity()
     large = default_projection({"w": (DEFAULT_DIM + 1,)}, seed=3)
-    assert (large.dim, large.seed) == (DEFAULT_DIM, 3)
+    assert large == Sparse(DEFAULT_DIM, seed=3)
+    assert default_projection({"w": (DEFAULT_DIM + 1,)}, is_fitted=True) == Eigenbasis(DEFAULT_DIM)
+    assert default_projection({"w": (DEFAULT_DIM,)}, is_fitted=True) == Identity()
+    for is_fitted in (False, True):
+        huge = default_projection({"w": (LARGE_MODEL + 1,)}, seed=3, is_fitted=is_fitted)
+        assert huge == Kronecker(LARGE_DIM, seed=3)
     with pytest.raises(ProjectionError, match="dim must be"):
         default_projection({"w": (3,)}, dim=0)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trak import Attribution, GradientSimilarity, RandomScores, Sparse, attribute
+from trak import Attribution, Eigenbasis, GradientSimilarity, RandomScores, Sparse, attribute
 from trak.demo.bank import Bank, train_bank
 from trak.demo.content import build_report
 from trak.demo.data import DemoData, load_data
@@ -109,7 +109,6 @@ def attribute_all(
     """Scores of the training images for all test images, by TRAK and by what it must beat."""
     model = build_model(settings.recipe)
     train_set, targets = (data.images, data.labels), (data.test_images, data.test_labels)
-    projection = Sparse(dim=settings.projection_dim, seed=settings.seed)
     features = bank.folder / f"features-{settings.projection_dim}"
     trak = attribute(
         model,
@@ -117,7 +116,7 @@ def attribute_all(
         targets,
         task="image_classification",
         checkpoints=bank.checkpoint_files,
-        projection=projection,
+        projection=Eigenbasis(dim=settings.projection_dim),
         save_dir=features,
         device="cpu",
         batch_size=100,
@@ -126,8 +125,9 @@ def attribute_all(
     cosine = GradientSimilarity(
         model=model,
         task="image_classification",
-        projection=projection,
-        save_dir=features,
+        # Cosines of gradients: random columns keep them.
+        projection=Sparse(dim=settings.projection_dim, seed=settings.seed),
+        save_dir=features.with_name(f"{features.name}-random"),
         device="cpu",
         batch_size=100,
         progress=progress,

@@ -80,7 +80,7 @@ def _trak(problem: Problem) -> list[Contender]:
         facts = {
             **settings,
             "projection": projection.fingerprint(),
-            "damping": damping_for(settings.get("damping", "auto"), projection).fingerprint(),
+            "damping": damping_for(settings.get("damping", "auto"), projection, task).fingerprint(),
             "weight_exponent": exponent,
             "curvature_exponent": resolve_curvature(settings.get("gram"), task, exponent),
         }
@@ -96,9 +96,9 @@ def _trak(problem: Problem) -> list[Contender]:
 
     undamped = RelativeDamping(1e-6)
     return [
-        one("trak", "TRAK", Sparse(4096)),
-        one("trak-1024", "TRAK", Sparse(1024)),
-        one("trak-eigenbasis", "TRAK in the EK-FAC eigenbasis", Eigenbasis(4096)),
+        one("trak", "TRAK", Eigenbasis(4096)),
+        one("trak-sparse", "TRAK, random columns", Sparse(4096)),
+        one("trak-sparse-1024", "TRAK, random columns", Sparse(1024)),
         one("trak-per-layer", "TRAK per layer", Kronecker(4096), preconditioner="per_layer"),
         # The paper has λ = 0. A millionth of the mean eigenvalue is that, but for Gram matrices without full rank.
         one(
@@ -117,8 +117,6 @@ def _fitting(projection: Sparse | Kronecker | Eigenbasis, problem: Problem) -> P
     count = _num_parameters(problem)
     if count > projection.dim:
         return projection
-    if isinstance(projection, Eigenbasis):
-        return Eigenbasis(count)
     return Sparse(count, per_layer=True) if isinstance(projection, Kronecker) else Identity()
 
 

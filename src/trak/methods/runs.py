@@ -92,13 +92,21 @@ class Run:
             yield model_id, state
 
 
-def start_run(options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | None) -> Run:
+def start_run(
+    options: RunOptions, train_set: Any, checkpoints: Sequence[Any] | None, *, is_fitted: bool = False
+) -> Run:
     """Resolve the options, open the store, and featurize the training rows that are not there yet.
+
+    Args:
+        options: the method's arguments.
+        train_set: the training examples.
+        checkpoints: as in `trak.attribute`.
+        is_fitted: as in `trak.projection.default_projection`, where no projection is named.
 
     Raises:
         TrakError: anything wrong with the arguments, the checkpoints, the gradients or the store.
     """
-    setting = resolve_setting(options)
+    setting = resolve_setting(options, is_fitted=is_fitted)
     train = as_rows(train_set, batch_size=options.batch_size, what="train_set")
     sources = checkpoint_list(options.model, checkpoints)
     header = make_header(setting, train.num_rows, options.feature_dtype, train_sample=_train_sample(train))
@@ -174,8 +182,12 @@ def _verified(setting: Setting, state: Mapping[str, Tensor], source: RowSource) 
     return verify(setting, state, batch), batch_size(batch) > 1
 
 
-def resolve_setting(options: RunOptions) -> Setting:
+def resolve_setting(options: RunOptions, *, is_fitted: bool = False) -> Setting:
     """Names and defaults turned into objects.
+
+    Args:
+        options: the method's arguments.
+        is_fitted: as in `trak.projection.default_projection`, where no projection is named.
 
     Raises:
         InputError: a model that is no module, an unknown task, gradients, device or parameter.
@@ -184,7 +196,9 @@ def resolve_setting(options: RunOptions) -> Setting:
         raise InputError(f"model must be a torch.nn.Module; got {type(options.model).__name__}")
     model = unwrapped(options.model)
     shapes = select_parameters(model, options.parameters)
-    projection = options.projection if options.projection is not None else default_projection(shapes)
+    projection = options.projection
+    if projection is None:
+        projection = default_projection(shapes, is_fitted=is_fitted)
     if not isinstance(projection, Projection):
         raise InputError(
             f"projection must be a trak projection such as trak.Sparse(dim=4096); got {type(projection).__name__}"

@@ -63,8 +63,8 @@ class TRAK(RunOptions, Attributor):
             self.weight_exponent, task, has_trajectories=self.trajectories is not None
         )
         curvature = resolve_curvature(self.gram, task, exponent)
-        run = start_run(self, train_set, checkpoints)
-        damping = damping_for(self.damping, run.setting.projection)
+        run = start_run(self, train_set, checkpoints, is_fitted=True)
+        damping = damping_for(self.damping, run.setting.projection, task)
         groups = column_groups(run, self.preconditioner)
         fits: dict[str, Any] = {
             "num_checkpoints": len(run.model_ids),

@@ -4,6 +4,7 @@ from trak.precondition.automatic import AutomaticDamping
 from trak.precondition.damping import Damping, FixedDamping, RelativeDamping
 from trak.precondition.data_driven import CrossValidationDamping, EffectiveDimensionDamping, EvidenceDamping
 from trak.precondition.gram import Moments, accumulate_moments
+from trak.precondition.marquardt import MarquardtDamping
 from trak.precondition.resolve import resolve_damping
 from trak.precondition.solve import Preconditioner, fit_preconditioner
 
@@ -14,6 +15,7 @@ __all__ = [
     "EffectiveDimensionDamping",
     "EvidenceDamping",
     "FixedDamping",
+    "MarquardtDamping",
     "Moments",
     "Preconditioner",
     "RelativeDamping",

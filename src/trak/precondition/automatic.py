@@ -33,8 +33,7 @@ class AutomaticDamping(Damping):
 
     Attributes:
         share: the larger, the less damping by the trace.
-        directions: the larger, the less damping by the effective dimension; None for no bound on it. 4 is for random columns; with "auto" the leading
-            entries of `Eigenbasis` get 2.5 (design/whitening.md).
+        directions: the larger, the less damping by the effective dimension; None for no bound on it. 4 is for random columns.
     """
 
     share: float = 1000.0

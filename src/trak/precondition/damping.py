@@ -1,4 +1,4 @@
-"""How much to damp: λ in ΦᵀΦ + λI."""
+"""How much to damp: λ in ΦᵀΦ + λI, or λ and α in ΦᵀΦ + α diag(ΦᵀΦ) + λI."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class Damping(ABC):
     @abstractmethod
     def value(self, moments: GroupMoments) -> float:
         """λ ≥ 0 for one column group of one checkpoint."""
+
+    @property
+    def of_diagonal(self) -> float:
+        """α ≥ 0 in ΦᵀΦ + α diag(ΦᵀΦ) + λI."""
+        return 0.0
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

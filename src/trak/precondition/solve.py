@@ -1,5 +1,7 @@
 """(ΦᵀΦ + λI)⁻¹, applied to targets; never to training rows.
 
+A rule may add a multiple of the diagonal, α diag(ΦᵀΦ), which is not written out below.
+
 Shape legend: T targets, R rows, K projected, k columns of one group.
 """
 
@@ -69,18 +71,23 @@ def fit_preconditioner(
         value = damping.value(
             GroupMoments(gram, cross, moments.num_rows, moments.outputs_square, num_checkpoints)
         )
-        if value == 0 and moments.num_rows < size:
+        if value == damping.of_diagonal == 0 and moments.num_rows < size:
             raise SingularGramError(
                 f"the Gram matrix{_at(where, group)} has {size} columns but only {moments.num_rows} training rows, so without damping "
                 f'it has no inverse. Use damping="auto" or a positive number, or a projection dimension below {moments.num_rows}'
             )
-        factors.append(_factorise(gram, value, moments.product_dtype, where=_at(where, group)))
+        added_k = value + damping.of_diagonal * gram.diagonal()
+        factors.append(_factorise(gram, added_k, value, moments.product_dtype, where=_at(where, group)))
         dampings.append(value)
     return Preconditioner(moments.groups, tuple(factors), tuple(dampings))
 
 
-def _factorise(gram: Tensor, damping: float, product_dtype: torch.dtype, *, where: str) -> Tensor:
-    damped = gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+def _factorise(
+    gram: Tensor, added_k: Tensor, damping: float, product_dtype: torch.dtype, *, where: str
+) -> Tensor:
+    """The Cholesky factor of the Gram matrix with something added to its diagonal; λ for messages."""
+    damped = gram.clone()
+    damped.diagonal().add_(added_k)
     factor, info = torch.linalg.cholesky_ex(damped)
     tolerance = torch.finfo(product_dtype).eps * (gram.shape[0] if product_dtype == torch.float64 else 1)
     reciprocal = 0.0 if int(info) > 0 else _reciprocal_condition(damped, factor)

@@ -30,6 +30,8 @@ from torch import Tensor
 from trak.errors import ProjectionError
 from trak.projection.base import Shapes
 
+LARGEST_VECTOR = 512
+"""A longer bias or norm is not turned: R × R numbers, and R³ multiplications for eigenvectors, for R entries of few that are kept."""
 FLOOR = 1e-4
 """Of the mean eigenvalue of all parameters, added to every damping: some gradients are zero but for rounding (the bias of an attention's
 keys), and divided by their own size they would be noise as large as the rest."""
@@ -42,7 +44,7 @@ class FactorOptions:
     Attributes:
         kind: "ekfac" or "kfac".
         sample: training rows that they are fitted to, None for all.
-        largest_side: a longer side of a parameter is not turned.
+        largest_side: a longer side of a parameter is not turned; of a vector, one longer than `LARGEST_VECTOR`.
         candidates: of EK-FAC: Λ is measured for so many entries, those with K-FAC's largest over all parameters (of a side that is not turned with
             the diagonal of its moment); None, or no fewer than there are entries: for all.
     """
@@ -51,6 +53,10 @@ class FactorOptions:
     sample: int | None
     largest_side: int
     candidates: int | None = None
+
+    def turns(self, size: int, *, is_vector: bool) -> bool:
+        """Whether a side of this length is turned."""
+        return size <= (min(self.largest_side, LARGEST_VECTOR) if is_vector else self.largest_side)
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,12 +73,12 @@ class Moments:
         """Nothing added up yet; sums in float32 or float64."""
         matrices = {name: matrix_shape(shape) for name, shape in shapes.items()}
 
-        def side(size: int) -> Tensor:
-            shape = (size, size) if size <= options.largest_side else (size,)
+        def side(size: int, is_vector: bool = False) -> Tensor:
+            shape = (size, size) if options.turns(size, is_vector=is_vector) else (size,)
             return torch.zeros(shape, device=device, dtype=dtype)
 
         sides = {
-            name: (side(rows), side(columns) if columns > 1 else None)
+            name: (side(rows, columns == 1), side(columns) if columns > 1 else None)
             for name, (rows, columns) in matrices.items()
         }
         return cls(options, matrices, sides, torch.zeros((), device=device, dtype=dtype))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trak.blocks import Block
 from trak.projection import Columns, Factors, FittedProjection, Projection, ProjectionState, Shapes
-from trak.projection.factors import FLOOR, matrix_shape
+from trak.projection.factors import FLOOR, LARGEST_VECTOR, matrix_shape
 
 
 def reference_factors(
@@ -25,6 +25,7 @@ def reference_factors(
     *,
     kind: str = "ekfac",
     largest_side: int = 2048,
+    largest_vector: int = LARGEST_VECTOR,
     candidates: int | None = None,
 ) -> dict[str, Factors]:
     """The factors of every parameter from dense gradients, parameters side by side in the order of `shapes`."""
@@ -38,7 +39,8 @@ def reference_factors(
         moment_CC = torch.einsum("n,nrc,nrd->cd", weights_N, matrices_NRC, matrices_NRC)
         values_R, basis_RR = torch.linalg.eigh(moment_RR)
         values_C, basis_CC = torch.linalg.eigh(moment_CC)
-        is_long = [size > largest_side for size in (rows, columns)]
+        most = min(largest_side, largest_vector) if columns == 1 else largest_side
+        is_long = [size > most for size in (rows, columns)]
         basis_RR = torch.eye(rows).to(basis_RR) if is_long[0] else basis_RR
         basis_CC = torch.eye(columns).to(basis_CC) if is_long[1] else basis_CC
         turned_NRC = basis_RR.T @ matrices_NRC @ basis_CC
