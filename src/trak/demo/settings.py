@@ -37,7 +37,7 @@ class Settings:
     num_checkpoints: int = 10
     num_subsets: int = 40
     models_per_subset: int = 2
-    projection_dim: int = 1024
+    projection_dim: int = 2048
     num_shown: int = 8
     recipe: Recipe = field(default_factory=Recipe)
 
