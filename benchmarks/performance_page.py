@@ -268,11 +268,21 @@ def fitting(record: dict) -> str:
                 *(f"{kept[what] / 2**20:.1f}" for what in ("model", "moments", "kept")),
             ]
         )
-    head = ["model", "parameters", "plain pass, ms an example", "first pass", "second pass", "both", "fixed part, s"]
+    head = [
+        "model",
+        "parameters",
+        "plain pass, ms an example",
+        "first pass",
+        "second pass",
+        "both",
+        "fixed part, s",
+    ]
     head += ["then: Eigenbasis", "Sparse", "model, MiB", "moments, MiB", "kept, MiB"]
     batches = sorted({case["batches"] for case in record["results"].values()})
     dates = sorted({case["date"] for case in record["results"].values()})
-    setup = f"K = {record['dim']:,}. Medians of {' or '.join(map(str, batches))} batches, {' and '.join(dates)}."
+    setup = (
+        f"K = {record['dim']:,}. Medians of {' or '.join(map(str, batches))} batches, {' and '.join(dates)}."
+    )
     return f"{table(head, rows)}\n\n{setup} {facts(record)}"
 
 
