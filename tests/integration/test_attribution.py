@@ -1,5 +1,7 @@
 """attribute() and TRAKer against TRAK written out densely in float64."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -612,3 +614,12 @@ def test_a_number_taken_by_another_process_meanwhile_is_not_asked_for_again(tmp_
     monkeypatch.setattr(trak.store.Store, "checkpoints", outdated)
     trak.attribute(model, train, targets, checkpoints=checkpoints[2:], **options)
     assert len(calls) > 1 and listed(calls[0]) == [0, 1, 2]
+
+
+def test_a_scripted_model_is_refused_in_one_line():
+    _, train, targets, _ = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(train[0][0].numel(), 3)))
+    with pytest.raises(trak.GradientError, match="TorchScript.*pass the Python module"):
+        trak.attribute(scripted, train, targets, task="image_classification")

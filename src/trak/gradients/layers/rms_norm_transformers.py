@@ -29,9 +29,11 @@ class TransformersRMSNormRule(LayerRule):
     def covers(self, module: nn.Module) -> frozenset[str]:
         """The weight."""
         kind = type(module).__name__
-        named = kind == "T5LayerNorm" or kind.endswith("RMSNorm")
+        # First of all: the parameters of what torch.jit made are no dictionary.
+        if not (kind == "T5LayerNorm" or kind.endswith("RMSNorm")):
+            return frozenset()
         alone = set(module._parameters) == {"weight"} and not module._buffers and not module._modules
-        if not named or not alone or isinstance(module, nn.RMSNorm) or "forward" in vars(module):
+        if not alone or isinstance(module, nn.RMSNorm) or "forward" in vars(module):
             return frozenset()
         weight = module._parameters["weight"]
         return own_parameters(module, "weight") if weight is not None and weight.ndim == 1 else frozenset()
