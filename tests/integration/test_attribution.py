@@ -621,5 +621,5 @@ def test_a_scripted_model_is_refused_in_one_line():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(train[0][0].numel(), 3)))
-    with pytest.raises(trak.GradientError, match="TorchScript.*pass the Python module"):
+    with pytest.raises(trak.GradientError, match=r"TorchScript.*pass the Python module"):
         trak.attribute(scripted, train, targets, task="image_classification")
