@@ -23,7 +23,7 @@ class GradientSimilarity(RunOptions, Attributor):
     """Cosine (or dot product) of loss gradients; arguments as in `trak.attribute`.
 
     The gradient of the loss is −q times the gradient of the model output, so the sign is kept as for every method here: a training
-    example whose gradient step lowers the target's loss is positive. With a `save_dir`, features are shared with TRAK's.
+    example whose gradient step lowers the target's loss is positive. With a `save_dir`, features are shared with TRAK's of the same projection.
 
     Attributes:
         similarity: "cosine" or "dot".
