@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -342,8 +342,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--out", type=Path, help="folder of everything that is written [small-banks-SETTING]")
     add("--data", type=Path, default=beside, help="folder with lama_trex_28rel.jsonl.xz [%(default)s]")
     add("--checkpoints", type=int, nargs="+", help="ensemble sizes [1 and all]")
-    add("--weight-decay", type=float, help="of training, in place of the setting's")
-    add("--subsets", type=int, help="halves in the bank, in place of the setting's")
     add("--quick", action="store_true", help="few rows, models and columns, in seconds; proves nothing")
     add(
         "--page",
@@ -351,15 +349,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="also record the result in benchmarks/results and docs/experiments",
     )
     options = parser.parse_args(arguments)
-    asked = {"weight_decay": options.weight_decay, "subsets": options.subsets}
-    changes = {name: value for name, value in asked.items() if value is not None}
     setting = make_setting(options.setting, options.data, quick=options.quick)
-    setting = replace(setting, recipe=replace(setting.recipe, **changes))
     sizes = options.checkpoints or sorted({1, setting.recipe.checkpoints})
     if not 1 <= min(sizes) <= max(sizes) <= setting.recipe.checkpoints:
         parser.error(f"--checkpoints must be from 1 to {setting.recipe.checkpoints}, got {sizes}")
-    if options.page and (options.quick or changes):
-        parser.error("--page records the real run: leave out --quick, --weight-decay and --subsets")
+    if options.page and options.quick:
+        parser.error("--page records the real run: leave out --quick")
     torch.set_num_threads(1)
     result = run(setting, options.out or Path(f"small-banks-{setting.name}"), sizes)
     result = json.loads(json.dumps(result))  # as it will be read, for the tables

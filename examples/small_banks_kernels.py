@@ -106,6 +106,10 @@ class Gram:
     def damping(self, rule: trak.Damping | float, num_checkpoints: int) -> float:
         """λ by a rule; or for a number, at which that is the effective dimension."""
         if isinstance(rule, trak.Damping):
+            if rule.of_diagonal:
+                raise ValueError(
+                    f"the diagonal of the Gram matrix is not had from inner products; got {rule}"
+                )
             nothing_N = torch.zeros_like(self.values_N)
             return rule.value(
                 GroupMoments(self.gram_NN, nothing_N, len(nothing_N), 0.0, num_checkpoints=num_checkpoints)
