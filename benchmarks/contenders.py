@@ -41,6 +41,10 @@ CONTENDERS: tuple[Contender, ...] = (
         PLAIN, "torch", "plain", "plain", "plain pass", "forward and backward, as in training", "floor"
     ),
     Contender("ours-kronecker", "main", "ours", "kronecker", "ours, Kronecker", PROJECTED, "ours"),
+    Contender(
+        *("ours-eigenbasis", "main", "ours", "eigenbasis", "ours, Eigenbasis"),
+        *(f"{PROJECTED}; eigenvectors fitted before", "ours"),
+    ),
     Contender("ours-sparse", "main", "ours", "sparse", "ours, Sparse", PROJECTED, "ours"),
     Contender("ours-rademacher", "main", "ours", "rademacher", "ours, Rademacher", PROJECTED, "ours"),
     Contender("ours-layers", "main", "ours", "kronecker-layers", "ours, Kronecker, layers", LAYERS, "ours"),

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 from cases import CASES
-from records import RESULTS, clock_for, conditions, read_record, write_record
+from records import RESULTS, clock_for, record_cases
 from torch import nn
 from torch.nn import functional as F
 
 import trak
+from trak.blocks import Block
 from trak.gradients import model_state, select_parameters
+from trak.projection import Moments, joined
 from trak.testing.models import ResNet
 
 
@@ -121,43 +123,81 @@ def plain_pass(model, batch, losses=lambda logits, labels: F.cross_entropy(logit
     model.zero_grad(set_to_none=True)
 
 
-def contenders(model, batch, dim, losses=None):
-    """Name to a function that featurizes the batch once."""
-    # Classifiers have the margin of the correct class; language models the log-likelihood, whose cost is the loss's.
-    is_classifier = batch[1].ndim == 1
-    task = (
-        trak.ImageClassification()
-        if is_classifier
-        else trak.CustomTask(
-            lambda model, batch: -losses(model(batch[0]), batch[1]), weight=torch.ones_like, name="likelihood"
-        )
-    )
-    shapes = select_parameters(model, None)
-    names = list(shapes)
-    state = model_state(model, None, "cpu")
-    automatic, functional = trak.Auto(), trak.Functional()
-    hooked = automatic.candidates(model, names)[0]
+class Features:
+    """What featurizing a model takes, without a store."""
 
-    def with_projection(gradients, projection):
-        drawn = projection.init(shapes)
+    def __init__(self, model, batch, losses=None):
+        self.model, self.batch = model, batch
+        # Classifiers have the margin of the correct class; language models the log-likelihood, whose cost is the loss's.
+        self.task = trak.ImageClassification()
+        if batch[1].ndim > 1:
+            self.task = trak.CustomTask(
+                lambda model, batch: -losses(model(batch[0]), batch[1]),
+                weight=torch.ones_like,
+                name="likelihood",
+            )
+        self.shapes = select_parameters(model, None)
+        self.names = list(self.shapes)
+        self.state = model_state(model, None, "cpu")
+        self.hooked = trak.Auto().candidates(model, self.names)[0]
+
+    def compute(self, batch, take, gradients=None):
+        """Gradients of the batch, block by block."""
+        (gradients or self.hooked).compute(self.model, self.state, self.task, batch, self.names, take)
+
+    def blocks(self, batch) -> dict[str, Block]:
+        """One block for a parameter."""
+        found: dict[str, list[Block]] = {}
+        self.compute(batch, lambda block: found.setdefault(block.name, []).append(block))
+        return {name: joined(several) for name, several in found.items()}
+
+    def moments(self, projection) -> Moments:
+        """Empty sums for a fitted projection."""
+        options = projection.factor_options
+        return Moments.zeros(self.shapes, options, device=torch.device("cpu"), dtype=torch.float32)
+
+    def leading(self, projection, squares):
+        """The matrix of a fitted projection, as it comes out of a store."""
+        kept = projection.to_keep(self.shapes, squares.factors())
+        return kept, projection.init(self.shapes, factors=projection.from_kept(self.shapes, kept))
+
+    def fitted(self, projection):
+        """The matrix of a projection that is fitted to this batch alone."""
+        moments, weights_B = self.moments(projection), torch.ones(len(self.batch[1]))
+        moments.add(self.blocks(self.batch), weights_B)
+        squares = moments.turned()
+        squares.add(self.blocks(self.batch), weights_B)
+        return self.leading(projection, squares)[1]
+
+    def featurizing(self, projection, drawn, batch):
+        """What featurizes a batch once."""
 
         def featurize():
             out = drawn.zeros(len(batch[1]))
-            gradients.compute(
-                model, state, task, batch, names, lambda block: projection.add(drawn, block, out)
-            )
+            self.compute(batch, lambda block: projection.add(drawn, block, out))
 
         return featurize
 
-    def only(gradients, consume):
-        return lambda: gradients.compute(model, state, task, batch, names, consume)
 
-    yield "factors", only(hooked, lambda block: None)
-    yield "gradients", only(hooked, lambda block: block.dense())
-    yield "functional", only(functional, lambda block: None)
-    yield "Kronecker", with_projection(hooked, trak.Kronecker(dim))
-    yield "Sparse", with_projection(hooked, trak.Sparse(dim))
-    yield "Rademacher", with_projection(hooked, trak.Rademacher(dim))
+def contenders(model, batch, dim, losses=None):
+    """Name to what makes a function that featurizes the batch once."""
+    case = Features(model, batch, losses)
+
+    def projected(projection, draw=lambda projection: projection.init(case.shapes)):
+        return lambda: case.featurizing(projection, draw(projection), batch)
+
+    def gradients(source, take):
+        return lambda: lambda: case.compute(batch, take, source)
+
+    return {
+        "factors": gradients(case.hooked, lambda block: None),
+        "gradients": gradients(case.hooked, lambda block: block.dense()),
+        "functional": gradients(trak.Functional(), lambda block: None),
+        "Kronecker": projected(trak.Kronecker(dim)),
+        "Eigenbasis": projected(trak.Eigenbasis(dim), case.fitted),
+        "Sparse": projected(trak.Sparse(dim)),
+        "Rademacher": projected(trak.Rademacher(dim)),
+    }
 
 
 def measure(function, clock) -> float:
@@ -170,8 +210,8 @@ def run_case(model, batch, losses, dim, rounds, clock, only=None):
     """(median seconds of the plain pass, median ratios, least seconds of each)."""
     floor = lambda: plain_pass(model, batch, losses)  # noqa: E731
     others = {
-        name: function
-        for name, function in contenders(model, batch, dim, losses)
+        name: make()
+        for name, make in contenders(model, batch, dim, losses).items()
         if only is None or name in only
     }
     for function in (floor, *others.values()):
@@ -200,43 +240,36 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", default=",".join(MODELS), help="names, with commas")
     parser.add_argument(
-        "--contenders", default=None, help="factors, gradients, functional, Kronecker, Sparse, Rademacher"
+        "--contenders",
+        default=None,
+        help="factors, gradients, functional, Kronecker, Eigenbasis, Sparse, Rademacher",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "featurize.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = clock_for(options.threads)
-    record, facts = read_record(options.out), conditions(options.threads)
-    today = facts.pop("date")  # of each case: others stay as they were
-    results = record.get("results", {})
-    for name in options.cases.split(","):
+    only = options.contenders and options.contenders.split(",")
+
+    def run(name: str, known: dict) -> dict:
         model, batch, losses = MODELS[name]()
         parameters = sum(p.numel() for p in model.parameters())
-        only = options.contenders and options.contenders.split(",")
         seconds, ratios, least = run_case(model, batch, losses, options.dim, options.rounds, clock, only)
-        results[name] = {
+        per_example = 1000 * seconds / len(batch[1])
+        print(f"\n{name}: {parameters:,} parameters, plain pass {per_example:.2f} ms per example")
+        for contender, ratio in ratios.items():
+            print(f"  {contender:12s} {ratio:6.2f} x", flush=True)
+        return {
             "parameters": parameters,
             "batch_size": len(batch[1]),
             "shape": list(batch[0].shape[1:]),
             "plain_pass_seconds": seconds,
-            "ratios": results.get(name, {}).get("ratios", {}) | ratios,
-            "least_seconds": results.get(name, {}).get("least_seconds", {}) | least,
+            "ratios": known.get("ratios", {}) | ratios,
+            "least_seconds": known.get("least_seconds", {}) | least,
             "rounds": options.rounds,
-            "date": today,
         }
-        print(
-            f"\n{name}: {parameters:,} parameters, plain pass {1000 * seconds / len(batch[1]):.2f} ms per example"
-        )
-        for contender, ratio in ratios.items():
-            print(f"  {contender:12s} {ratio:6.2f} x", flush=True)
-        record |= {
-            **facts,
-            "clock": clock.__name__,
-            "dim": options.dim,
-            "results": {name: results[name] for name in MODELS if name in results},
-        }
-        write_record(options.out, record)
-    print(f"\nwritten to {options.out}")
+
+    facts = {"clock": clock.__name__, "dim": options.dim}
+    record_cases(options.out, options.cases.split(","), MODELS, run, options.threads, **facts)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from featurize import MODELS, plain_pass
-from records import RESULTS, clock_for, conditions, read_record, write_record
+from featurize import MODELS, Features, plain_pass
+from records import RESULTS, clock_for, record_cases
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trak
-from trak.blocks import Block
-from trak.gradients import model_state, select_parameters
-from trak.projection import Moments, joined
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,33 +106,13 @@ def draw(batch: tuple[Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor]:
     return drawn, torch.randint(2, labels.shape, generator=generator)
 
 
-class Case:
+class Case(Features):
     """One model, and everything that is timed on a batch of its examples."""
 
     def __init__(self, make: Callable, clock: Callable[[], float]) -> None:
-        self.model, self.batch, self.losses = make()
+        model, batch, self.losses = make()
+        super().__init__(model, batch, self.losses)
         self.clock = clock
-        # Classifiers have the margin of the correct class; language models the log-likelihood, whose cost is the loss's.
-        self.task = trak.ImageClassification()
-        if self.batch[1].ndim > 1:
-            self.task = trak.CustomTask(
-                lambda model, batch: -self.losses(model(batch[0]), batch[1]),
-                weight=torch.ones_like,
-                name="likelihood",
-            )
-        self.shapes = select_parameters(self.model, None)
-        self.names = list(self.shapes)
-        self.state = model_state(self.model, None, "cpu")
-        self.gradients = trak.Auto().candidates(self.model, self.names)[0]
-
-    def compute(self, batch, take: Callable[[Block], None]) -> None:
-        self.gradients.compute(self.model, self.state, self.task, batch, self.names, take)
-
-    def blocks(self, batch) -> dict[str, Block]:
-        """One block for a parameter."""
-        found: dict[str, list[Block]] = {}
-        self.compute(batch, lambda block: found.setdefault(block.name, []).append(block))
-        return {name: joined(several) for name, several in found.items()}
 
     def seconds(self, function: Callable, *args) -> float:
         start = self.clock()
@@ -161,16 +138,12 @@ def run_case(make: Callable, dim: int, count: int, clock: Callable[[], float]) -
     batches = [draw(case.batch, seed) for seed in range(1, count + 1)]
     weights_B = torch.ones(len(case.batch[0]))
     projection, sparse = trak.Eigenbasis(dim), trak.Sparse(dim)
-    options = projection.factor_options
 
     def add(sums):
         return lambda batch: sums.add(case.blocks(batch), weights_B)
 
-    def zeros():
-        return Moments.zeros(case.shapes, options, device=torch.device("cpu"), dtype=torch.float32)
-
-    moments = zeros()
-    add(zeros())(case.batch)
+    moments = case.moments(projection)
+    add(case.moments(projection))(case.batch)
     ratios = case.ratios(batches, moments=add(moments))
     start = clock()
     squares = moments.turned()
@@ -179,23 +152,18 @@ def run_case(make: Callable, dim: int, count: int, clock: Callable[[], float]) -
     squares.add(case.blocks(case.batch), 0 * weights_B)
     ratios |= case.ratios(batches, squares=add(squares))
     start = clock()
-    kept = projection.to_keep(case.shapes, squares.factors())
-    states = {
-        projection: projection.init(case.shapes, factors=projection.from_kept(case.shapes, kept)),
-        sparse: None,
-    }
+    kept, leading = case.leading(projection, squares)
     init_seconds = clock() - start
-    states[sparse] = sparse.init(case.shapes)
 
-    def featurize(kind):
-        def run(batch):
-            out_BK = states[kind].zeros(len(weights_B))
-            case.compute(batch, lambda block: kind.add(states[kind], block, out_BK))
+    def featurize(kind, matrix):
+        case.featurizing(kind, matrix, case.batch)()
+        return lambda batch: case.featurizing(kind, matrix, batch)()
 
-        run(case.batch)
-        return run
-
-    ratios |= case.ratios(batches, Eigenbasis=featurize(projection), Sparse=featurize(sparse))
+    ratios |= case.ratios(
+        batches,
+        Eigenbasis=featurize(projection, leading),
+        Sparse=featurize(sparse, sparse.init(case.shapes)),
+    )
     return {
         "parameters": sum(parameter.numel() for parameter in case.model.parameters()),
         "batch_size": len(weights_B),
@@ -242,21 +210,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = clock_for(options.threads)
-    record, facts = read_record(options.out), conditions(options.threads)
-    today = facts.pop("date")  # of each case: others stay as they were
-    results = record.get("results", {})
-    for name in options.cases.split(","):
+
+    def run(name: str, _: dict) -> dict:
         found = run_case(CASES[name], options.dim, options.batches, clock)
-        results[name] = {**found, "batches": options.batches, "date": today}
         show(name, found)
-        record |= {
-            **facts,
-            "clock": clock.__name__,
-            "dim": options.dim,
-            "results": {name: results[name] for name in CASES if name in results},
-        }
-        write_record(options.out, record)
-    print(f"\nwritten to {options.out}")
+        return found | {"batches": options.batches}
+
+    facts = {"clock": clock.__name__, "dim": options.dim}
+    record_cases(options.out, options.cases.split(","), CASES, run, options.threads, **facts)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """How cost grows: with examples, with scores, with parameters.
 
-    python benchmarks/growth.py [--parts featurize,score,parameters] [--threads 1]
+    python benchmarks/growth.py [--parts featurize,attribute,score,parameters] [--threads 1]
 
-featurize: N examples of a small network into a store on disk, each size in a process of its own, with its peak memory. Examples are made as
-they are asked for, so that nothing grows but what the library keeps.
+featurize, attribute: N examples of a small network into a store on disk, each size in a process of its own, with its peak memory: by `TRAKer` with
+Sparse(512), and as `attribute` does by default, which fits its projection first and solves after. Examples are made as they are asked for, so
+that nothing grows but what the library keeps.
 score: all scores of N rows for T targets, K = 512, features in memory, thrown away block by block.
 parameters: one batch of networks and transformers from 10^5 to 10^8 parameters, in milliseconds per example: the plain pass, the factored
-path (Kronecker), the full gradients (Sparse) and, up to 10^6, dense signs; K = 2,048; the least of --rounds. A path that needs more memory than
+path (Kronecker), the full gradients (Sparse), the eigenbasis once it is fitted (up to 5 · 10^7, where it is the default) and, up to 10^6, dense
+signs; K = 2,048; the least of --rounds. A path that needs more memory than
 --memory-gib allows is left out.
 
 Results go to benchmarks/results/growth.json; `benchmarks/performance_page.py` draws them.
@@ -18,6 +20,7 @@ import argparse
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,6 +30,7 @@ from score import make_rows, make_scores, peak_kib
 from torch import nn
 
 import trak
+from trak.projection.default import LARGE_MODEL
 
 SIZES = (4_096, 16_384, 65_536)
 EXAMPLES = (2_048, 8_192, 32_768)
@@ -63,34 +67,38 @@ def mlp(width: int) -> nn.Module:
     ).eval()
 
 
-def _featurize(num_rows: int, threads: int, answer) -> None:
+def by_traker(model: nn.Module, data: Drawn, folder: str) -> None:
+    """Random columns, batch by batch."""
+    settings = {"projector": trak.Sparse(512), "use_half_precision": True}
+    traker = trak.TRAKer(model, "image_classification", data.num_rows, folder, device="cpu", **settings)
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+    for batch in data:
+        traker.featurize(batch, num_samples=len(batch[1]))
+
+
+def by_default(model: nn.Module, data: Drawn, folder: str) -> None:
+    """All that `trak.attribute` does before it scores."""
+    method = trak.TRAK(model=model, task="image_classification", save_dir=folder, device="cpu")
+    method.fit(data, [model.state_dict()])
+
+
+def _featurize(run: Callable, num_rows: int, threads: int, answer) -> None:
     torch.set_num_threads(threads)
     model = mlp(128)
     with tempfile.TemporaryDirectory() as folder:
-        traker = trak.TRAKer(
-            model,
-            "image_classification",
-            num_rows,
-            folder,
-            device="cpu",
-            projector=trak.Sparse(512),
-            use_half_precision=True,
-        )
-        traker.load_checkpoint(model.state_dict(), model_id=0)
         warm = peak_kib()
         start, cpu = time.perf_counter(), time.process_time()
-        for batch in Drawn(num_rows):
-            traker.featurize(batch, num_samples=len(batch[1]))
+        run(model, Drawn(num_rows), folder)
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         answer.put((wall, cpu, warm, peak_kib()))
 
 
-def featurizing(threads: int) -> list[dict]:
+def featurizing(run: Callable, threads: int) -> list[dict]:
     """Seconds and peak memory over N."""
     context, out = multiprocessing.get_context("spawn"), []
     for num_rows in EXAMPLES:
         answers = context.Queue()
-        child = context.Process(target=_featurize, args=(num_rows, threads, answers))
+        child = context.Process(target=_featurize, args=(run, num_rows, threads, answers))
         child.start()
         wall, cpu, warm, peak = answers.get()
         child.join()
@@ -103,7 +111,7 @@ def featurizing(threads: int) -> list[dict]:
                 "rss_before_mib": warm / 1024,
             }
         )
-        print(out[-1], flush=True)
+        print(run.__name__, out[-1], flush=True)
     return out
 
 
@@ -140,13 +148,15 @@ def parameters(rounds: int, memory_gib: float, clock, families: list[str], befor
                 torch.randn(batch_size, 256) if family == "MLP" else torch.randint(1000, (batch_size, 64))
             )
             batch = inputs, torch.randint(2, (batch_size,))
-            paths = dict(contenders(model, batch, 2048))
-            chosen = {"plain": lambda m=model, b=batch: plain_pass(m, b), "Kronecker": paths["Kronecker"]}
+            paths = contenders(model, batch, 2048)
+            chosen = {"plain": lambda m=model, b=batch: plain_pass(m, b), "Kronecker": paths["Kronecker"]()}
             # Gradients of a batch, the columns and signs of every entry, and as much again in passing.
             if 3 * 4 * size * batch_size < memory_gib * 2**30:
-                chosen["Sparse"] = paths["Sparse"]
+                chosen["Sparse"] = paths["Sparse"]()
+            if size <= LARGE_MODEL:
+                chosen["Eigenbasis"] = paths["Eigenbasis"]()
             if size < 2_000_000:
-                chosen["Rademacher"] = paths["Rademacher"]
+                chosen["Rademacher"] = paths["Rademacher"]()
             for name, function in chosen.items():
                 function()
                 seconds = []
@@ -173,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default="featurize,score,parameters")
+    parser.add_argument("--parts", default="featurize,attribute,score,parameters")
     parser.add_argument("--families", default=",".join(WIDTHS), help="of the part parameters")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-gib", type=float, default=4.0)
@@ -184,7 +194,8 @@ def main() -> None:
     clock = clock_for(options.threads)
     record = read_record(options.out) | conditions(options.threads) | {"clock": clock.__name__}
     steps = {
-        "featurize": lambda: featurizing(options.threads),
+        "featurize": lambda: featurizing(by_traker, options.threads),
+        "attribute": lambda: featurizing(by_default, options.threads),
         "score": lambda: scoring(clock),
         "parameters": lambda: parameters(
             options.rounds,

@@ -1,6 +1,6 @@
 """Each way to project, at equal K: what it costs and what it is worth.
 
-    python benchmarks/paths.py [--bank ../shared/banks/cifar2] [--dim 2048] [--paths Kronecker,Sparse,Rademacher] [--checkpoints 3]
+    python benchmarks/paths.py [--bank ../shared/banks/cifar2] [--dim 2048] [--paths Kronecker,Eigenbasis,Sparse,Rademacher] [--checkpoints 3]
 
 TRAK with its defaults on a recipe's model, data and targets, with one and with all --checkpoints, judged by a bank of retrained models: the linear
 datamodeling score with its bootstrap interval over subsets and targets; and the seconds that featurizing and solving took, training set and
@@ -26,6 +26,7 @@ from trak.methods.runs import RunOptions, load_state, resolve_setting
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = {
     "Kronecker": lambda dim: trak.Kronecker(dim),
+    "Eigenbasis": lambda dim: trak.Eigenbasis(dim),
     "Sparse": lambda dim: trak.Sparse(dim),
     "Rademacher": lambda dim: trak.Rademacher(dim),
     "Gaussian": lambda dim: trak.Gaussian(dim),
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=ROOT / "examples" / "recipes" / "cifar2.py")
     parser.add_argument("--bank", type=Path, default=ROOT.parent / "shared" / "banks" / "cifar2")
     parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--paths", default="Kronecker,Sparse,Rademacher")
+    parser.add_argument("--paths", default="Kronecker,Eigenbasis,Sparse,Rademacher")
     parser.add_argument("--checkpoints", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("paths-features"))

@@ -23,7 +23,10 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 PICTURE = HERE.parent / "docs" / "assets" / "benchmarks-peers.png"
 BY_KEY = {contender.key: contender for contender in CONTENDERS}
 COLOURS = {"floor": "0.45", "ours": "tab:blue", "all": "tab:red", "layers": "tab:orange", "other": "0.7"}
-OURS = {"all": ("ours-kronecker", "ours-sparse", "ours-rademacher"), "layers": ("ours-layers",)}
+OURS = {
+    "all": ("ours-kronecker", "ours-eigenbasis", "ours-sparse", "ours-rademacher"),
+    "layers": ("ours-layers",),
+}
 """Ours that do the same work, by group of peers."""
 NAMES = {
     "ours": "ours",

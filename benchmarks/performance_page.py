@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "assets" / "growth.png"
-COLUMNS = ("factors", "Kronecker", "gradients", "Sparse", "functional", "Rademacher")
+COLUMNS = ("factors", "Kronecker", "Eigenbasis", "gradients", "Sparse", "functional", "Rademacher")
 TARGETS = {"Kronecker": 0.9, "Sparse": 1.5, "Rademacher": 6.0, "functional": 1.2}
 """Most plain passes; for the functional path, most of plain `vmap(grad)`."""
 
@@ -151,17 +151,24 @@ def score(record: dict) -> str:
 
 def growth(record: dict) -> str:
     parts = ["![Growth with examples, scores and parameters](assets/growth.png)"]
-    if "featurize" in record:
-        rows = [
-            [
-                f"{one['rows']:,}",
-                f"{one['cpu_seconds']:.1f}",
-                f"{1e6 * one['cpu_seconds'] / one['rows']:.0f}",
-                f"{one['peak_rss_mib'] - one['rss_before_mib']:.0f}",
-            ]
-            for one in record["featurize"]
+    rows = [
+        [
+            name,
+            f"{one['rows']:,}",
+            f"{one['cpu_seconds']:.1f}",
+            f"{1e6 * one['cpu_seconds'] / one['rows']:.0f}",
+            f"{one['peak_rss_mib'] - one['rss_before_mib']:.0f}",
         ]
-        parts.append(table(["examples", "processor seconds", "µs an example", "MiB above the start"], rows))
+        for part, name in (
+            ("featurize", "`TRAKer`, Sparse(512)"),
+            ("attribute", "`TRAK`, by default, with fitting and solving"),
+        )
+        for one in record.get(part, [])
+    ]
+    if rows:
+        parts.append(
+            table(["", "examples", "processor seconds", "µs an example", "MiB above the start"], rows)
+        )
     if "score" in record:
         rows = [
             [
@@ -177,7 +184,7 @@ def growth(record: dict) -> str:
         by_model: dict[tuple[str, int], dict[str, float]] = {}
         for one in record["parameters"]:
             by_model.setdefault((one["family"], one["parameters"]), {})[one["path"]] = one["ms_per_example"]
-        names = ("plain", "Kronecker", "Sparse", "Rademacher")
+        names = ("plain", "Kronecker", "Eigenbasis", "Sparse", "Rademacher")
         rows = [
             [family, f"{size:,}", *(number(found[name]) if name in found else "" for name in names)]
             for (family, size), found in by_model.items()
@@ -364,16 +371,22 @@ def draw(record: dict, path: Path) -> None:
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    found = record.get("featurize", [])
-    rows = [one["rows"] for one in found]
-    left.loglog(rows, [one["cpu_seconds"] for one in found], "o-", label="seconds")
-    left.loglog(rows, [one["peak_rss_mib"] for one in found], "s--", color="0.5", label="peak MiB")
+    for part, name, colour in (
+        ("featurize", "Sparse(512)", "C1"),
+        ("attribute", "default, with fitting", "C2"),
+    ):
+        found = record.get(part, [])
+        rows = [one["rows"] for one in found]
+        left.loglog(rows, [one["cpu_seconds"] for one in found], "o-", color=colour, label=f"{name}, seconds")
+        left.loglog(
+            rows, [one["peak_rss_mib"] for one in found], "s--", color=colour, label=f"{name}, peak MiB"
+        )
     left.set(xlabel="examples N", title="featurizing")
-    left.legend()
+    left.legend(fontsize=7)
     found = sorted(record.get("score", []), key=lambda one: one["rows"] * one["targets"])
     middle.loglog([one["rows"] * one["targets"] for one in found], [one["seconds"] for one in found], "o")
     middle.set(xlabel="scores N · T", ylabel="seconds", title="scoring, K = 512")
-    colours = {"plain": "0.5", "Kronecker": "C0", "Sparse": "C1", "Rademacher": "C3"}
+    colours = {"plain": "0.5", "Kronecker": "C0", "Eigenbasis": "C2", "Sparse": "C1", "Rademacher": "C3"}
     styles = {"MLP": "s--", "transformer": "o-"}
     for family, style in styles.items():
         for name, colour in colours.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -42,3 +42,31 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Replace the record."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def record_cases(
+    path: Path,
+    names: Iterable[str],
+    order: Iterable[str],
+    run: Callable[[str, dict], dict],
+    threads: int,
+    **facts: Any,
+) -> None:
+    """Run cases, each put beside those that the file has from before and written at once, with its own date.
+
+    Args:
+        path: the record.
+        names: of the cases to run.
+        order: of all cases in the file.
+        run: what gives a case's results, from its name and what the file has of it.
+        threads: of torch.
+        **facts: of all cases.
+    """
+    record, shared = read_record(path), conditions(threads) | facts
+    today = shared.pop("date")
+    results = record.get("results", {})
+    for name in names:
+        results[name] = run(name, results.get(name, {})) | {"date": today}
+        record |= {**shared, "results": {name: results[name] for name in order if name in results}}
+        write_record(path, record)
+    print(f"\nwritten to {path}")

@@ -4,11 +4,33 @@ from functools import partial
 
 from cases import matrix_layers
 from protocol import Contender, Job, Prepared, serve
+from torch.utils.data import Dataset
 
 import trak
 from trak.gradients import select_parameters
 
 MAX_ROUNDS = 1000
+FITTED_ROWS = 64
+PROJECTIONS = {
+    "Kronecker": trak.Kronecker,
+    "Eigenbasis": partial(trak.Eigenbasis, sample=FITTED_ROWS),
+    "Sparse": trak.Sparse,
+    "Rademacher": trak.Rademacher,
+}
+
+
+class Repeated(Dataset):
+    """The examples of a round, over and over: the training set."""
+
+    def __init__(self, job: Job, is_lm: bool) -> None:
+        self.job, self.is_lm = job, is_lm
+
+    def __len__(self) -> int:
+        return MAX_ROUNDS * len(self.job.inputs)
+
+    def __getitem__(self, row: int) -> dict | tuple:
+        inputs, labels = (part[row % len(self.job.inputs)] for part in (self.job.inputs, self.job.labels))
+        return {"input_ids": inputs, "labels": labels} if self.is_lm else (inputs, labels)
 
 
 def featurize(job: Job, *, kind: str, layers_only: bool = False) -> Prepared:
@@ -18,10 +40,12 @@ def featurize(job: Job, *, kind: str, layers_only: bool = False) -> Prepared:
         *(job.model, "causal_lm" if is_lm else "image_classification", MAX_ROUNDS * len(job.inputs)),
         save_dir=None,
         device=job.device,
-        projector=getattr(trak, kind)(job.dim),
+        projector=PROJECTIONS[kind](job.dim),
         grad_wrt=names,
     )
     traker.load_checkpoint(job.model.state_dict(), model_id=0)
+    if kind == "Eigenbasis":
+        traker.fit_factors(Repeated(job, is_lm))
 
     def one_round() -> None:
         for inputs, labels in job.batches():
@@ -35,6 +59,7 @@ def featurize(job: Job, *, kind: str, layers_only: bool = False) -> Prepared:
 
 CONTENDERS: dict[str, Contender] = {
     "kronecker": partial(featurize, kind="Kronecker"),
+    "eigenbasis": partial(featurize, kind="Eigenbasis"),
     "sparse": partial(featurize, kind="Sparse"),
     "rademacher": partial(featurize, kind="Rademacher"),
     "kronecker-layers": partial(featurize, kind="Kronecker", layers_only=True),

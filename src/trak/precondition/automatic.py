@@ -61,6 +61,10 @@ class AutomaticDamping(Damping):
         # Σ w / (w + λ) is less than the number of columns, and than trace / λ.
         if bound >= min(moments.gram.shape[0], trace / by_trace):
             return by_trace
+        # w / (w + λ) is concave, so that the diagonal in place of the eigenvalues can only have more of it (Peierls, 1938); where columns are
+        # nearly uncorrelated, not much more.
+        if not _exceeds(moments.gram.diagonal(), bound, by_trace):
+            return by_trace
         eigenvalues_k = torch.linalg.eigvalsh(moments.gram.float()).double().clamp_min(0)
         return _least_damping(eigenvalues_k, bound, by_trace)
 
@@ -70,16 +74,18 @@ class AutomaticDamping(Damping):
         return {"rule": "automatic", "version": 3, "share": float(self.share), "directions": directions}
 
 
+def _exceeds(eigenvalues_k: Tensor, bound: float, damping: float) -> bool:
+    """Whether the effective dimension Σ w / (w + λ) is more than the bound."""
+    return float((eigenvalues_k / (eigenvalues_k + damping)).sum()) > bound
+
+
 def _least_damping(eigenvalues_k: Tensor, bound: float, least: float) -> float:
     """The smallest λ ≥ `least` at which the effective dimension is at most `bound`."""
 
-    def exceeds(damping: float) -> bool:
-        return float((eigenvalues_k / (eigenvalues_k + damping)).sum()) > bound
-
-    if not exceeds(least):
+    if not _exceeds(eigenvalues_k, bound, least):
         return least
     low, high = least, float(eigenvalues_k.sum()) / bound
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if exceeds(middle) else (low, middle)
+        low, high = (middle, high) if _exceeds(eigenvalues_k, bound, middle) else (low, middle)
     return high

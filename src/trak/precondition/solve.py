@@ -90,6 +90,8 @@ def _factorise(
     damped.diagonal().add_(added_k)
     factor, info = torch.linalg.cholesky_ex(damped)
     tolerance = torch.finfo(product_dtype).eps * (gram.shape[0] if product_dtype == torch.float64 else 1)
+    if int(info) == 0 and float(added_k.min()) > tolerance * float(damped.diagonal().sum()):
+        return factor  # no eigenvalue is less than what was added, and none is more than the trace
     reciprocal = 0.0 if int(info) > 0 else _reciprocal_condition(damped, factor)
     if not reciprocal > tolerance:
         raise SingularGramError(
