@@ -4,7 +4,7 @@ from functools import partial
 
 from cases import matrix_layers
 from protocol import Contender, Job, Prepared, serve
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 import trak
 from trak.gradients import select_parameters
@@ -45,7 +45,7 @@ def featurize(job: Job, *, kind: str, layers_only: bool = False) -> Prepared:
     )
     traker.load_checkpoint(job.model.state_dict(), model_id=0)
     if kind == "Eigenbasis":
-        traker.fit_factors(Repeated(job, is_lm))
+        traker.fit_factors(DataLoader(Repeated(job, is_lm), batch_size=job.batch_size))
 
     def one_round() -> None:
         for inputs, labels in job.batches():
