@@ -8,7 +8,7 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,17 +21,11 @@ from trak.blocks import DenseBlock
 from trak.errors import GradientError, TrakError, UnsupportedLayerError
 from trak.gradients.alone import laid_out
 from trak.gradients.base import Consume, Gradients, Outputs, forward, random_state_kept
-from trak.gradients.layers import RULES, LayerRule, SteppedRule
-from trak.gradients.layers.multihead_attention import (
-    InProjectionRule,
-    forward_in_steps,
-    in_steps,
-    projections,
-)
+from trak.gradients.layers import RULES, LayerRule
 from trak.gradients.local import Local, LocalWatch
+from trak.gradients.plan import Plan, make_plan
 from trak.gradients.swap import LENDING, lend
-from trak.gradients.watch import Layer, Stepped, Watch
-from trak.gradients.wrappers import named_parameters
+from trak.gradients.watch import Watch
 from trak.tasks.base import Task
 
 
@@ -70,8 +64,7 @@ class Hooked(Gradients):
 
     def covers(self, model: nn.Module, names: Sequence[str]) -> list[str]:
         """Those of `names` that no rule covers: an empty list says that the model can be hooked."""
-        with LENDING:
-            return list(self._uncovered(model, names))
+        return list(self._planned(model, names).uncovered)
 
     def compute(
         self,
@@ -90,8 +83,6 @@ class Hooked(Gradients):
                 had read it.
         """
         plan = self._plan(model, names)
-        with LENDING:
-            stepped = [*self._attention(model, names), *self._in_steps(model, names)]
         size = batch_size(batch)
         expanded = [name for name in self.expanded if name in names]
         detached = {name: tensor.detach() for name, tensor in state.items()}
@@ -113,7 +104,12 @@ class Hooked(Gradients):
         locals_ = LocalWatch(model, _wanted(self.local, names), size, watch.blamed)
         with random_state_kept(state), torch.enable_grad():
             with lend(model, {**detached, **whole, **leaves}):
-                with watch.on(plan), watch.stepping(stepped), locals_.watching(watch.anchor), laid_out(size):
+                with (
+                    watch.on(plan.layers),
+                    watch.stepping(plan.stepped),
+                    locals_.watching(watch.anchor),
+                    laid_out(size),
+                ):
                     f, q = watch.forward(task, model, batch)
                 if f.requires_grad:
                     found = _backward(f, watch, {**whole, **leaves})
@@ -130,119 +126,27 @@ class Hooked(Gradients):
                     locals_.pull_back(consume)
         return Outputs(f.detach(), q)
 
-    def _plan(self, model: nn.Module, names: Sequence[str]) -> list[Layer]:
+    def _planned(self, model: nn.Module, names: Sequence[str]) -> Plan:
         with LENDING:
-            uncovered, layers = self._uncovered(model, names), list(self._layers(model, names))
-        if uncovered:
-            name, module = next(iter(uncovered.items()))
-            more = f" (and {len(uncovered) - 1} more)" if len(uncovered) > 1 else ""
+            return make_plan(
+                *(model, names, self.rules),
+                elsewhere={path for local in self.local for path, _ in local.slots},
+                expanded=self.expanded,
+                routed=self.routed,
+            )
+
+    def _plan(self, model: nn.Module, names: Sequence[str]) -> Plan:
+        plan = self._planned(model, names)
+        if plan.uncovered:
+            name, module = next(iter(plan.uncovered.items()))
+            more = f" (and {len(plan.uncovered) - 1} more)" if len(plan.uncovered) > 1 else ""
             raise UnsupportedLayerError(
                 f"no layer rule covers parameter {name!r} of {type(module).__name__}{more}. Use "
                 "gradients=trak.gradients.Auto(), which gives such modules a pass of their own, or "
                 "trak.gradients.Functional(), which takes any layer; or leave the parameter out "
                 "with parameters=...; or write a rule and pass Hooked(rules=(MyRule(), *RULES))"
             )
-        return layers
-
-    def _uncovered(self, model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-        """Canonical names of parameters that some module holds and no rule covers, with that module."""
-        uncovered: dict[str, nn.Module] = {}
-        stepped = {f"{name}.out_proj" for name, _ in self._stepped(model)}
-        for module_name, module, local_names in self._ruled(model, names):
-            rule = _rule_for(self.rules, module, local_names)
-            covered = rule.covers(module) if rule else frozenset()
-            if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
-                # The output projection of attention, which is called as a module only in the computation in steps.
-                covered = covered if module_name in stepped or f".{module_name}" in stepped else frozenset()
-            uncovered |= {name: module for local, name in local_names.items() if local not in covered}
-        return uncovered
-
-    def _attention(self, model: nn.Module, names: Sequence[str]) -> list[Stepped]:
-        """Attention modules with attributed parameters that rules have, and what each projection holds."""
-        ruled = {name: local_names for name, _, local_names in self._ruled(model, names)}
-        rule = next((rule for rule in self.rules if isinstance(rule, InProjectionRule)), None)
-        found = []
-        for name, module in self._stepped(model):
-            own = ruled.get(name, {})
-            if rule is not None and (own or join(name, "out_proj") in ruled):
-                parts = projections(module)
-                layers = [Layer(name, part, rule, own) for part in parts] if own else []
-                found.append(Stepped(module, forward_in_steps(module, parts), layers))
-        return found
-
-    def _in_steps(self, model: nn.Module, names: Sequence[str]) -> list[Stepped]:
-        """Modules whose rule has them computed in steps, and the attributed parameters of each step."""
-        found = []
-        for name, module, local_names in self._ruled(model, names):
-            rule = _rule_for(self.rules, module, local_names)
-            if isinstance(rule, SteppedRule):
-                parts = rule.parts(module)
-                layers = []
-                for part in parts:
-                    own = {local: local_names[local] for local in part.parameter_names & local_names.keys()}
-                    if own:
-                        layers.append(Layer(name, part, rule, own, self._is_routed(own)))
-                found.append(Stepped(module, rule.forward(module, parts), layers))
-        return found
-
-    def _is_routed(self, local_names: Mapping[str, str]) -> bool:
-        return not set(self.routed).isdisjoint(local_names.values())
-
-    def _stepped(self, model: nn.Module) -> Iterator[tuple[str, nn.MultiheadAttention]]:
-        """Attention modules that can be computed in steps, and none of whose parameters takes another way."""
-        if not any(isinstance(rule, InProjectionRule) for rule in self.rules):
-            return
-        elsewhere = {path.rpartition(".")[0] for local in self.local for path, _ in local.slots}
-        for name, module in model.named_modules():
-            if in_steps(module) and name not in elsewhere and join(name, "out_proj") not in elsewhere:
-                yield name, module
-
-    def _ruled(
-        self, model: nn.Module, names: Sequence[str]
-    ) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
-        """As `holders`, without what is dealt with in another way than by rules."""
-        elsewhere = {path for local in self.local for path, _ in local.slots}
-        for module_name, module, local_names in holders(model, names):
-            left = {
-                local: name
-                for local, name in local_names.items()
-                if name not in self.expanded and join(module_name, local) not in elsewhere
-            }
-            if left:
-                yield module_name, module, left
-
-    def _layers(self, model: nn.Module, names: Sequence[str]) -> Iterator[Layer]:
-        for module_name, module, local_names in self._ruled(model, names):
-            rule = _rule_for(self.rules, module, local_names)
-            if rule is None or isinstance(rule, SteppedRule):
-                continue
-            if not isinstance(module, nn.MultiheadAttention):
-                yield Layer(module_name, module, rule, local_names, self._is_routed(local_names))
-
-
-def holders(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, dict[str, str]]]:
-    """Modules that hold attributed parameters themselves: (name, module, local to canonical name)."""
-    wanted = set(names)
-    canonical = {id(parameter): name for name, parameter in named_parameters(model) if name in wanted}
-    for module_name, module in model.named_modules():
-        local_names = {
-            local: canonical[id(parameter)]
-            for local, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) in canonical
-        }
-        if local_names:
-            yield module_name, module, local_names
-
-
-def _rule_for(
-    rules: Sequence[LayerRule], module: nn.Module, local_names: Mapping[str, str]
-) -> LayerRule | None:
-    return next((rule for rule in rules if rule.covers(module) & local_names.keys()), None)
-
-
-def join(module_name: str, local: str) -> str:
-    """A parameter's path from the names of its module and in its module."""
-    return f"{module_name}.{local}" if module_name else local
+        return plan
 
 
 def _wanted(locals_: Sequence[Local], names: Sequence[str]) -> list[Local]:

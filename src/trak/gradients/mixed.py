@@ -15,8 +15,9 @@ from torch import nn
 
 from trak.errors import GradientError
 from trak.gradients.base import BlamedError
-from trak.gradients.hooked import Hooked, holders, join
+from trak.gradients.hooked import Hooked
 from trak.gradients.local import Local
+from trak.gradients.plan import holders, join
 from trak.gradients.swap import LENDING
 from trak.gradients.wrappers import named_parameters
 

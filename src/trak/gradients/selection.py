@@ -38,7 +38,7 @@ def select_parameters(model: nn.Module, parameters: Selection = None) -> dict[st
     exact name.
 
     Raises:
-        ParameterError: nothing is selected, a pattern matches nothing, or a selected parameter has no
+        ParameterError: nothing is selected, a pattern matches nothing, or a selected parameter is complex or has no
             floating-point numbers.
     """
     with LENDING:
@@ -74,6 +74,14 @@ def _selected(model: nn.Module, parameters: Selection) -> dict[str, tuple[int, .
         )
     if not chosen:
         raise ParameterError(nothing)
+    complex_ones = [name for name in named if name in chosen and named[name].is_complex()]
+    if complex_ones:
+        # They were trained with the rest: to leave them out is for the user to say.
+        raise ParameterError(
+            f"{len(complex_ones)} of the {len(chosen)} selected parameters are complex, first {complex_ones[0]!r}, and gradients are taken of real "
+            "numbers only: keep them as real parameters [..., 2] and use torch.view_as_complex in forward, or leave them out with "
+            "parameters=lambda name, parameter: parameter.is_floating_point()"
+        )
     shapes = {name: tuple(p.shape) for name, p in named.items() if name in chosen and p.is_floating_point()}
     if not shapes:
         raise ParameterError(

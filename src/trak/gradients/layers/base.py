@@ -83,6 +83,10 @@ class SteppedRule(LayerRule):
     parameters; it is these parts that are hooked, and that `blocks` is given as `LayerCall.module`.
     """
 
+    def inner(self, module: nn.Module) -> tuple[str, ...]:
+        """Modules within, by name, whose parameters such a module uses itself: it calls them only in steps, where `forward` does."""
+        return ()
+
     @abstractmethod
     def parts(self, module: Any) -> tuple[Any, ...]:
         """The steps with parameters: modules with `parameter_names`, such as `Part`."""

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trak.blocks import Block, OuterBlock
-from trak.gradients.layers.base import LayerCall, LayerRule, is_plain, own_parameters
+from trak.gradients.layers.base import LayerCall, SteppedRule, is_plain, own_parameters
 
 
 class InProjection(nn.Module):
     """Rows start to stop of the joint input projection: y = x W[start:stop]ᵀ + b[start:stop]."""
+
+    parameter_names = frozenset({"in_proj_weight", "in_proj_bias"})
 
     def __init__(self, attention: nn.MultiheadAttention, start: int, stop: int) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class InProjection(nn.Module):
 
 
 @dataclass(frozen=True)
-class InProjectionRule(LayerRule):
+class InProjectionRule(SteppedRule):
     """∇W_b = Σ_t ∇y_bt ⊗ x_bt in the rows of this projection, zero in the others."""
 
     def covers(self, module: nn.Module) -> frozenset[str]:
@@ -55,6 +57,23 @@ class InProjectionRule(LayerRule):
         if not in_steps(module):
             return frozenset()
         return own_parameters(module, "in_proj_weight", "in_proj_bias")
+
+    def inner(self, module: nn.Module) -> tuple[str, ...]:
+        """The output projection."""
+        if not isinstance(module, nn.MultiheadAttention):
+            return ()
+        is_torchs = type(module.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
+        return ("out_proj",) if is_torchs or is_plain(module, nn.MultiheadAttention) else ()
+
+    def parts(self, module: Any) -> tuple[InProjection, ...]:
+        """(joint, queries, keys, values): the first, or the others, is what a forward pass calls."""
+        return projections(module)
+
+    def forward(
+        self, module: Any, parts: tuple[InProjection, ...]
+    ) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """The output projection is called as a module, too."""
+        return forward_in_steps(module, parts)
 
     def event_ndim(self, module: Any) -> int:
         """One vector."""
