@@ -92,7 +92,9 @@ def verify(setting: Setting, state: Mapping[str, Tensor], batch: Any) -> Setting
 
     Raises:
         GradientError, MixedExamplesError, NonFiniteError: what the check found.
+        InputError: a mode of torch around the call in which gradients or their sums would be others.
     """
+    _refuse_modes(setting.device)
     batch = prepare(setting, batch)
     names = list(setting.shapes)
     task = bound_task(setting, state)
@@ -102,6 +104,18 @@ def verify(setting: Setting, state: Mapping[str, Tensor], batch: Any) -> Setting
     ):
         return setting
     return replace(setting, gradients=gradients)
+
+
+def _refuse_modes(device: torch.device) -> None:
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "there are no gradients under torch.inference_mode(): attribute outside of it (torch.no_grad() does no harm)"
+        )
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        raise InputError(
+            "under torch.autocast also projections, sums and scores would be in half precision: attribute outside of it, and let the task's "
+            "output() enter autocast if the model is to run in it"
+        )
 
 
 def compare_stored(
@@ -224,8 +238,10 @@ class Projector:
 
         Raises:
             NonFiniteError: an output, a weight or a feature is NaN or infinite.
+            InputError: under inference mode or autocast.
         """
         setting = self.setting
+        _refuse_modes(setting.device)
         features_BK = self.drawn.zeros(batches.batch_size(batch))
         outputs = self.gradients.compute(
             setting.model,

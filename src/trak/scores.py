@@ -375,7 +375,9 @@ def _positions(key: Any, size: int, what: str) -> tuple[Tensor, bool]:
         return torch.tensor([key % size]), True
     if isinstance(key, slice):
         return torch.arange(size)[list(range(*key.indices(size)))], False
-    index = torch.as_tensor(np.asarray(key) if isinstance(key, Sequence) else key)
+    if key is Ellipsis:
+        return torch.arange(size), False
+    index = _index_tensor(key, what)
     if index.dtype == torch.bool:
         if index.shape != (size,):
             raise IndexError(f"a boolean index of {what}s must have shape [{size}]; got {list(index.shape)}")
@@ -385,6 +387,24 @@ def _positions(key: Any, size: int, what: str) -> tuple[Tensor, bool]:
     if index.numel() and not (-size <= int(index.min()) and int(index.max()) < size):
         raise IndexError(f"{what}s must lie in [0, {size}); got {int(index.min())} to {int(index.max())}")
     return index.long() % max(size, 1), False
+
+
+def _index_tensor(key: Any, what: str) -> Tensor:
+    """Whole numbers or booleans; others would be rounded without a word."""
+    try:
+        index = torch.as_tensor(np.asarray(key) if isinstance(key, Sequence) else key)
+    except (RuntimeError, TypeError, ValueError):
+        index = None
+    if (
+        index is None
+        or index.ndim > 1
+        or (index.numel() and (index.is_floating_point() or index.is_complex()))
+    ):
+        got = type(key).__name__ if index is None else f"{str(index.dtype)[6:]} {list(index.shape)}"
+        raise IndexError(
+            f"a {what} is chosen by a whole number, a slice, or a list of whole numbers or booleans; got {got}"
+        )
+    return index
 
 
 def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:

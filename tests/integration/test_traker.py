@@ -339,6 +339,31 @@ def test_other_training_data_or_checkpoint_in_the_same_save_dir(tmp_path):
         TRAKer(model, "image_classification", N, save_dir=tmp_path, proj_dim=16)
 
 
+@pytest.mark.parametrize("save_dir", ["features", None])
+def test_other_data_for_rows_that_wait_for_their_shard(save_dir, tmp_path):
+    """Such as every batch numbered from 0 again."""
+    model, train, val, checkpoints = make()
+    traker = TRAKer(model, "image_classification", N, save_dir=save_dir and tmp_path / save_dir)
+    traker.load_checkpoint(checkpoints[0])
+    first, second, *_ = loader(train)
+    traker.featurize(first, inds=range(16))
+    traker.featurize(first, inds=range(16))
+    with pytest.raises(trak.InputError, match="training rows 0 to 15 from other data"):
+        traker.featurize(second, inds=range(16))
+    for start, batch in zip(range(0, N, 16), loader(train)):
+        traker.featurize(batch, inds=range(start, start + len(batch[0])))
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("val", checkpoints[0], 0, T)
+    traker.score(val, num_samples=T)
+    whole = TRAKer(model, "image_classification", N, save_dir=None)
+    np.testing.assert_allclose(
+        traker.finalize_scores("val"),
+        featurize_and_score(whole, train, val, checkpoints[:1]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
 def test_sizes_that_do_not_fit(tmp_path):
     model, train, _, checkpoints = make()
     traker = TRAKer(model, "image_classification", N, save_dir=tmp_path)

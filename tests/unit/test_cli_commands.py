@@ -130,6 +130,29 @@ def test_attribute_prints_what_the_library_computes(run, recipe):
         assert one["proponents"][0]["label"] == ["cat", "dog", "frog"][one["proponents"][0]["row"] % 3]
 
 
+def test_what_a_recipe_prints_leaves_the_json_alone(run, tmp_path):
+    path = tmp_path / "talking.py"
+    talking = """
+print("from the file")
+
+class Talking(torch.utils.data.Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, row):
+        print("from the data")
+        return inputs[row], labels[row]
+
+def make_talking():
+    print("from the function")
+    return {**make(), "train_set": Talking()}
+"""
+    path.write_text(RECIPE + talking)
+    result = run("attribute", f"{path}:make_talking", "--json")
+    assert json.loads(result.stdout)["num_train"] == 20
+    assert all(words in result.stderr for words in ("from the file", "from the function", "from the data"))
+
+
 def test_attribute_writes_what_is_asked_for(run, recipe, tmp_path):
     files = {name: tmp_path / name for name in ("features", "saved", "report.html", "scores.npy")}
     result = run(

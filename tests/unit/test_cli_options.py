@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 
@@ -151,6 +153,28 @@ def test_without_its_packages_the_command_says_what_to_install(missing):
     assert f"needs {missing}" in done.stderr
     assert "pip install 'trak-attribution[cli]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_encodings_without_a_minus_sign(encoding):
+    code = (
+        "import typer\n"
+        "from trak.cli import main, root\n"
+        "from trak.cli.output import print_json\n"
+        "root.app = typer.Typer()\n"
+        "@root.app.command()\n"
+        "def show(): print('f = \u22120.5'); print_json({'class': '\u732b'})\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    minus, _, values = done.stdout.decode("ascii").partition("\n")
+    assert minus.strip() == "f = -0.5"
+    assert json.loads(values) == {"class": "\u732b"}
 
 
 def test_unknown_attributes_of_the_package_are_none():

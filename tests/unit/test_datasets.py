@@ -135,6 +135,24 @@ def test_collate_that_drops_examples_is_caught():
         list(as_rows(loader).batches())
 
 
+def test_the_last_of_many_rows_is_one_that_is_there():
+    class Many(Dataset):
+        def __len__(self):
+            return 2**24 + 4  # its last row is no float32
+
+        def __getitem__(self, row):
+            assert 0 <= row < len(self)
+            return torch.tensor([row])
+
+    assert as_rows(Many()).sample_hash()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert as_rows(Squares()).sample_hash() == as_rows(Squares()).sample_hash()
+        assert as_rows(Many()).sample_hash()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_every_row_of_tensors_and_iterables_counts():
     other = Y.clone()
     other[1] = 7
@@ -165,6 +183,24 @@ def test_content_hash_sees_what_is_no_tensor(one, other):
 def test_a_list_or_arrays_in_place_of_a_tuple_of_tensors(data):
     with pytest.raises(InputError, match="pass a tuple of tensors"):
         list(as_rows(data).batches())
+
+
+class Drawn(IterableDataset):
+    """Row 0 stays, and the others change places."""
+
+    def __iter__(self):
+        order = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(9)])
+        return iter([(X[row], Y[row]) for row in order])
+
+
+@pytest.mark.parametrize("wrap", [as_rows, prefetched])
+def test_an_iterable_in_another_order_is_refused(wrap):
+    torch.manual_seed(0)
+    source = wrap(DataLoader(Drawn(), batch_size=4))
+    with pytest.raises(InputError, match=r"rows 0 to 3 are not the examples.*Turn off shuffling"):
+        list(source.batches())
+    with pytest.raises(InputError, match="rows 8 to 9 are not"):
+        list(source.batches([(9, 10)]))
 
 
 class Ragged(Dataset):

@@ -57,6 +57,30 @@ def test_gradients_under_autocast(source, dtype):
     torch.testing.assert_close(outputs.f, one_by_one.f, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        (torch.inference_mode, "no gradients under torch.inference_mode"),
+        (lambda: torch.autocast("cpu", torch.bfloat16), r"let the task's output\(\) enter autocast"),
+    ],
+)
+@pytest.mark.parametrize("check", [True, False])
+def test_modes_around_the_call_are_refused(mode, message, check):
+    data = torch.randn(6, 3, 8, 8), torch.arange(6) % 5
+    settings = {"task": "image_classification", "projection": trak.Rademacher(16), "check": check}
+    with mode(), pytest.raises(trak.InputError, match=message):
+        trak.attribute(network(), data, data, **settings)
+    with torch.no_grad():
+        trak.attribute(network(), data, data, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int32])
+def test_what_is_no_dtype_is_refused(dtype):
+    data = torch.randn(6, 3, 8, 8), torch.arange(6) % 5
+    with pytest.raises(trak.InputError, match=r"a floating-point torch\.dtype"):
+        trak.attribute(network(), data, data, task="image_classification", dtype=dtype)
+
+
 def test_the_first_batch_passes_its_check():
     model, batch = network(), (torch.randn(6, 3, 8, 8), torch.arange(6) % 5)
     names = list(select_parameters(model, None))

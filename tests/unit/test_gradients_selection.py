@@ -63,6 +63,15 @@ def test_models_without_anything_to_select():
         select_parameters(mlp().requires_grad_(False))
 
 
+def test_complex_parameters_are_not_left_out_silently():
+    model = mlp()
+    model.kernel = nn.Parameter(torch.ones(2, dtype=torch.cfloat))
+    for parameters in (None, "*"):
+        with pytest.raises(ParameterError, match=r"are complex, first 'kernel'.*view_as_complex"):
+            select_parameters(model, parameters)
+    assert len(select_parameters(model, lambda name, parameter: parameter.is_floating_point())) == 4
+
+
 def test_integers_have_no_gradients():
     model = mlp()
     model[0].weight = nn.Parameter(torch.ones(3, 2, dtype=torch.int8), requires_grad=False)

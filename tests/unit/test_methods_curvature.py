@@ -466,9 +466,11 @@ def test_the_automatic_scale_is_the_largest_eigenvalue_of_some_draws(monkeypatch
 
 
 def test_lissa_needs_random_access():
+    batch = torch.randn(4, 3), torch.randint(3, (4,))
+
     class Stream:
         def __iter__(self):
-            yield torch.randn(4, 3), torch.randint(3, (4,))
+            yield batch
 
     options = {"model": nn.Linear(3, 3), "task": "image_classification"}
     with pytest.raises(trak.InputError, match="only be read from the front"):

@@ -104,3 +104,15 @@ def test_cosine_and_dot_of_gradients_agree_in_sign():
     torch.testing.assert_close(dot, weights[:, None] * (rows @ values.T))
     expected = nn.functional.cosine_similarity((weights[:, None] * rows)[:, None], values[None], dim=2)
     torch.testing.assert_close(cosine, expected)
+
+
+@pytest.mark.parametrize("name", ["influence", "random"])
+def test_modes_around_the_call_change_nothing(name):
+    expected = METHODS[name].fit(TRAIN, STATES).attribute(TARGETS).scores.tensor()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.no_grad():
+            found = METHODS[name].fit(TRAIN, STATES).attribute(TARGETS).scores.tensor()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)

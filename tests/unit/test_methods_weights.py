@@ -96,6 +96,17 @@ def test_trajectories_average_the_weights_of_each_run():
     torch.testing.assert_close(attribution.scores.tensor(), flat * expected[:, None], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_along_a_run_under_another_default_dtype(dtype):
+    options = {"trajectories": [CHECKPOINTS[:2]], "checkpoints": CHECKPOINTS[2:3]}
+    expected = fit(**options).weights
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(fit(**options).weights[0], expected[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_self_influence_has_the_same_weights():
     attribution = fit(trajectories=[[CHECKPOINTS[2]], [CHECKPOINTS[3]]], leverage_correction=True).attribute(
         TRAIN

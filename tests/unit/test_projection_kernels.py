@@ -150,6 +150,20 @@ def test_batches_agree():
         torch.testing.assert_close(part, whole[start:stop], rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_sums_are_in_float32_whatever_the_default(dtype):
+    values_Bn = torch.randn(4, 3000)
+    part = Part(values_Bn, 0, SIGNS.draw(KEY, torch.arange(-(-3000 // 32)), 1024, torch.float32))
+    plain_BK, other_BK = torch.zeros(4, 1024), torch.zeros(4, 1024)
+    add_by_tables(plain_BK, iter([part]), 1.0)
+    torch.set_default_dtype(dtype)
+    try:
+        add_by_tables(other_BK, iter([part]), 1.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(plain_BK, other_BK)
+
+
 def test_dispatch(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)

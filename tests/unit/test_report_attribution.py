@@ -119,6 +119,8 @@ def test_show_functions_go_first():
         ({"targets": [-1]}, "got -1"),
         ({"k": 0}, "at least 1; got 0"),
         ({"predictions": [1]}, "25 targets; got 1"),
+        ({"show_train": ["text"] * 30}, "show_train is a function .* got list"),
+        ({"show_target": "text"}, "show_target is a function .* got str"),
     ],
 )
 def test_wrong_options_are_refused(options, match):

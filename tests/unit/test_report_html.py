@@ -258,6 +258,8 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="create it first"):
         write_report(Report(Summary("x")), tmp_path / "nowhere" / "report.html")
+    with pytest.raises(InputError, match="is a folder; give the name of a file"):
+        write_report(Report(Summary("x")), tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib", "PIL"])

@@ -135,6 +135,10 @@ def test_what_is_no_bank_is_refused(tmp_path):
         Bank.load(tmp_path)
     with pytest.raises(StoreError, match="no bank"):
         Bank.load(tmp_path / "bank.npz")
+    scores = tmp_path / "scores.npy"
+    scores.write_bytes(b"another thing")
+    with pytest.raises(StoreError, match=r"scores\.npy is no bank: give a folder"):
+        Bank.load(scores)  # it is not damaged, and no one is to remove it
     file = make().save(tmp_path)
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(CorruptShardError, match="damaged"):

@@ -70,6 +70,17 @@ def test_indices_outside(key):
         kernel()[key]
 
 
+@pytest.mark.parametrize("key", [1.5, [0.0, 1.0], None, "a", np.s_[0, 2.0], torch.tensor([[0, 1]])], ids=str)
+def test_what_is_no_index(key):
+    with pytest.raises(IndexError, match="whole number"):
+        kernel()[key]
+
+
+def test_an_ellipsis_takes_all():
+    scores = kernel()
+    torch.testing.assert_close(scores[..., 1], dense(scores)[:, 1])
+
+
 @settings(max_examples=50)
 @given(
     values=hnp.arrays(

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
+import io
 import sys
 from typing import Any
 
 NEEDED = ("typer", "rich")
+
+
+PLAIN = "trak-plain"
+"""How signs are written that an encoding does not have: a minus is a hyphen, others are question marks."""
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].replace("−", "-")
+    return text.encode("ascii", "replace").decode(), error.end
 
 
 def main() -> None:
@@ -21,6 +34,11 @@ def main() -> None:
         raise SystemExit(2)
     from trak.cli.root import app
 
+    codecs.register_error(PLAIN, _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A sign that the encoding does not have (of a file on Windows, say) is no reason to stop.
+            stream.reconfigure(errors=PLAIN)
     app(prog_name="trak")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trak.cli.options import parse_damping, parse_projection
-from trak.cli.output import AsJson, print_json, say
+from trak.cli.output import AsJson, print_json, prints_aside, say
 from trak.cli.rankings import as_values, choose, namer, print_tables, rank
 from trak.cli.recipe import SHOWING, Recipe, load_recipe
 
@@ -90,10 +90,11 @@ def attribute(
     }
     chosen = load_recipe(recipe)
     arguments = {**chosen.arguments, **{name: value for name, value in given.items() if value is not None}}
-    attribution = _compute(arguments)
-    written = _write(
-        attribution, chosen, out=out, report=report, scores=scores, command=f"trak attribute {recipe}"
-    )
+    with prints_aside():
+        attribution = _compute(arguments)
+        written = _write(
+            attribution, chosen, out=out, report=report, scores=scores, command=f"trak attribute {recipe}"
+        )
     _show(attribution, chosen, top=top, as_json=as_json, written=written)
 
 

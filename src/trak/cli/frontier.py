@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trak.cli.output import AsJson, console, make_table, print_json, say
+from trak.cli.output import AsJson, console, make_table, print_json, prints_aside, say
 from trak.cli.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -111,21 +111,22 @@ def frontier(
         raise InputError("--bank is needed: a folder of trak.evaluation.retrain, or bank.npz")
     require("matplotlib")
     loaded = _load_bank(bank, problem)
-    found = run_frontier(
-        problem,
-        loaded,
-        contenders,
-        training=_training(chosen, out, seconds_per_model),
-        folder=out,
-        checkpoints=sizes,
-        num_targets=targets,
-        slow_targets=slow_targets,
-        limit=limit,
-        clock=clock,
-        fresh=fresh,
-        only_kept=only_kept,
-        on_point=lambda point: say(str(point)),
-    )
+    with prints_aside():
+        found = run_frontier(
+            problem,
+            loaded,
+            contenders,
+            training=_training(chosen, out, seconds_per_model),
+            folder=out,
+            checkpoints=sizes,
+            num_targets=targets,
+            slow_targets=slow_targets,
+            limit=limit,
+            clock=clock,
+            fresh=fresh,
+            only_kept=only_kept,
+            on_point=lambda point: say(str(point)),
+        )
     written = _write(found, out)
     if any(point.lds is not None for point in found.points):
         unit = "passes" if passes else "seconds"

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -25,13 +26,20 @@ def json_text(values: Any) -> str:
 
 
 def print_json(values: Any) -> None:
-    """Indented JSON on standard output."""
-    typer.echo(json_text(values))
+    """Indented JSON on standard output, in ASCII where that is no UTF-8 (a redirected one on Windows)."""
+    text = json_text(values)
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    typer.echo(text if is_unicode else json.dumps(json.loads(text), indent=2))
 
 
 def say(words: str) -> None:
     """A remark for people, on standard error, so that standard output stays what was asked for."""
     typer.echo(words, err=True)
+
+
+def prints_aside() -> AbstractContextManager[Any]:
+    """While a user's own code runs: what it prints is a remark, and would break the JSON on standard output."""
+    return redirect_stdout(sys.stderr)
 
 
 def console() -> Console:

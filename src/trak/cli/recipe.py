@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trak.cli.output import say
+from trak.cli.output import prints_aside, say
 from trak.errors import InputError, TrakError
 
 REQUIRED = ("model", "train_set", "targets", "task")
@@ -124,7 +124,8 @@ def _run_file(path: Path) -> ModuleType:
     # Worker processes of data loaders look their classes up here.
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        with prints_aside():
+            spec.loader.exec_module(module)
     except TrakError:
         raise
     except Exception as error:
@@ -137,7 +138,8 @@ def _call(module: ModuleType, path: Path, function: str) -> Mapping[str, Any]:
     if not callable(make):
         raise InputError(f"the recipe {path} has no function {function!r}")
     try:
-        values = make()
+        with prints_aside():
+            values = make()
     except TrakError:
         raise
     except Exception as error:

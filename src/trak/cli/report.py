@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from trak.cli.attribute import report_options
+from trak.cli.output import prints_aside
 from trak.cli.recipe import load_recipe
 
 EPILOG = """\b
@@ -51,4 +52,6 @@ def report(
         targets=None if chosen is None else chosen.arguments["targets"],
     )
     options = {} if chosen is None else report_options(chosen)
-    typer.echo(loaded.report(out, k=k, targets=target or None, **options))
+    with prints_aside():
+        written = loaded.report(out, k=k, targets=target or None, **options)
+    typer.echo(written)

@@ -153,7 +153,8 @@ def _iterable_rows(data: Iterable[Any], what: str) -> RowSource:
     for batch in data:
         count += batches.batch_size(batch)
         digests.append(content_hash([batch]))
-    return IterableRows(data, count, hashlib.sha256("".join(digests).encode()).hexdigest())
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return IterableRows(data, count, whole, tuple(digests))
 
 
 def _is_tensor_batch(data: Any) -> bool:

@@ -46,7 +46,9 @@ class RowSource(ABC):
         """
         if self.num_rows == 0:
             return None
-        rows = sorted({int(row) for row in torch.linspace(0, self.num_rows - 1, num_rows).round()})
+        # In float32, or less where that is torch's default dtype, the last of many rows would be rounded to one that is not there.
+        places = torch.linspace(0, self.num_rows - 1, num_rows, dtype=torch.float64)
+        rows = sorted({int(row) for row in places.round()})
         return content_hash(self.example(row) for row in rows)
 
 
@@ -196,6 +198,7 @@ class IterableRows(RowSource):
     iterable: Iterable[Any]
     count: int
     digest: str | None = None
+    batch_digests: tuple[str, ...] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -203,15 +206,26 @@ class IterableRows(RowSource):
         return self.count
 
     def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
-        """The iterable's own batches, leaving out those of which no row is wanted."""
+        """The iterable's own batches, leaving out those of which no row is wanted.
+
+        Raises:
+            InputError: other rows than when they were counted: in another number, or, of the batches wanted, with other contents.
+        """
         start = 0
-        for batch in self.iterable:
+        for place, batch in enumerate(self.iterable):
             stop = start + batches.batch_size(batch)
             if stop > self.count:
                 raise InputError(
                     f"the dataset gave {self.count} rows when it was counted and more now: it must give the same rows each time"
                 )
             if ranges is None or any(low < stop and start < high for low, high in ranges):
+                # In another order, row i would be another example at every checkpoint.
+                if self.batch_digests and self.batch_digests[place : place + 1] != (content_hash([batch]),):
+                    raise InputError(
+                        f"rows {start} to {stop - 1} are not the examples that the dataset gave there when it was counted: rows are told by their "
+                        "place, so it must give the same ones in the same order each time. Turn off shuffling and random augmentation, or fix their "
+                        "seed in __iter__"
+                    )
                 yield torch.arange(start, stop), batch
             start = stop
         if start != self.count:

@@ -258,4 +258,4 @@ def loss_curvature(task: Task, outputs_N: Tensor, weights_N: Tensor) -> Tensor:
         )
     if not again_N.requires_grad:
         return torch.zeros(len(outputs_N), dtype=torch.float64)
-    return -torch.autograd.grad(again_N.sum(), outputs_N)[0]
+    return -torch.autograd.grad(again_N, outputs_N, torch.ones_like(again_N))[0]

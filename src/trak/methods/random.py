@@ -40,7 +40,8 @@ class FittedRandomScores(FittedAttributor):
         """Standard normal scores, [N, T]; the same for the same seed and sizes."""
         target_rows = as_rows(targets, what="targets")
         generator = torch.Generator().manual_seed(self.seed)
-        values_NT = torch.randn(self.train.num_rows, target_rows.num_rows, generator=generator)
+        shape = (self.train.num_rows, target_rows.num_rows)
+        values_NT = torch.randn(shape, generator=generator, dtype=torch.float32)
         info = {"method": "random", "seed": self.seed}
         return Attribution(
             scores=ArrayScores(values_NT), info=info, train_rows=self.train, target_rows=target_rows

@@ -190,10 +190,14 @@ def resolve_setting(options: RunOptions, *, is_fitted: bool = False) -> Setting:
         is_fitted: as in `trak.projection.default_projection`, where no projection is named.
 
     Raises:
-        InputError: a model that is no module, an unknown task, gradients, device or parameter.
+        InputError: a model that is no module, an unknown task, gradients, device, dtype or parameter.
     """
     if not isinstance(options.model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module; got {type(options.model).__name__}")
+    if options.dtype is not None and not getattr(options.dtype, "is_floating_point", False):
+        raise InputError(
+            f"dtype must be a floating-point torch.dtype such as torch.float32, or None for the model's own; got {options.dtype!r}"
+        )
     model = unwrapped(options.model)
     shapes = select_parameters(model, options.parameters)
     projection = options.projection

@@ -48,9 +48,10 @@ class Session:
             TrakError: gradients that cannot be had.
         """
         stored_B = self.writer.has(rows_B)
-        on_disk_B = self.rows.has(rows_B) if stored_B.any() else stored_B
-        if on_disk_B.any():
-            self._compare_stored(batch, rows_B, on_disk_B)
+        if stored_B.any():
+            if not self.rows.has(rows_B[stored_B]).all():
+                self.writer.flush()  # They were added in this session, and are still in memory.
+            self._compare_stored(batch, rows_B, stored_B)
         if not stored_B.all():
             label = f"{self.what}s {int(rows_B.min())} to {int(rows_B.max())}"
             todo = (~stored_B).nonzero().squeeze(1)

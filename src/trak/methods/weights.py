@@ -108,7 +108,7 @@ def forward_weights(run: Run, source: Any) -> Tensor:
         CheckpointError: it cannot be read or does not fit the model.
     """
     state = load_state(run.options, run.setting, source)
-    weights_N = torch.empty(run.train.num_rows)
+    weights_N = torch.empty(run.train.num_rows, dtype=torch.float32)
     task = bound_task(run.setting.for_training, state)
     with (
         torch.no_grad(),

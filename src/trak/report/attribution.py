@@ -128,9 +128,14 @@ def build_attribution_report(
         command: the line that makes the report again.
 
     Raises:
-        InputError: targets that do not exist, or k below 1.
+        InputError: targets that do not exist, k below 1, or something to show that is no function.
     """
     chosen = _choose(targets, attribution.num_targets)
+    for name, show in (("show_train", show_train), ("show_target", show_target)):
+        if show is not None and not callable(show):
+            raise InputError(
+                f"{name} is a function from a row to what is shown of it; got {type(show).__name__}: for a list write {name}=texts.__getitem__"
+            )
     if k < 1:
         raise InputError(f"k is how many proponents and opponents a card shows, at least 1; got {k}")
     scores = attribution.scores.select_targets(torch.tensor(chosen, dtype=torch.int64))

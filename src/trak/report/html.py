@@ -42,6 +42,8 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
         InputError: an image or text cannot be shown, or the folder does not exist.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file, such as {path / 'report.html'}")
     if not path.parent.is_dir():
         raise InputError(
             f"the report cannot be written to {path}: there is no folder {path.parent}; create it first"

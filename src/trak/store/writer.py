@@ -87,6 +87,10 @@ class Writer:
         if self.num_buffered > BUFFERED_SHARDS * self._grid.shard_rows:
             self._spill(keep=BUFFERED_SHARDS * self._grid.shard_rows // 2)
 
+    def flush(self) -> None:
+        """Write the rows that wait in memory for their shard to fill, so that they can be read."""
+        self._spill(keep=0)
+
     def close(self) -> None:
         """Write what is left, and compact. A second call does nothing."""
         if self._closed:

@@ -181,6 +181,10 @@ class Bank:
             InputError: another number of training rows than `num_train`.
         """
         path = Path(path)
+        if path.is_file() and path.suffix not in (".npz", ".safetensors"):
+            raise StoreError(
+                f"{path} is no bank: give a folder with {BANK_FILE} or {PACKED_FILE}, or one of these files."
+            )
         if path.suffix == ".npz" or (not (path / BANK_FILE).is_file() and (path / PACKED_FILE).is_file()):
             return load_packed_bank(path, num_train)
         file = path if path.is_file() else path / BANK_FILE

@@ -38,9 +38,9 @@ def add_by_tables(target_BK: Tensor, parts: Iterable[Part], scale: float) -> Non
     """Add to the target: target += scale · Σ values @ signs, all of float32, the signs packed as in `signs.draw_packed_signs`."""
     batch_size, columns = target_BK.shape
     slices = [slice(start, start + SLICE_EXAMPLES) for start in range(0, batch_size, SLICE_EXAMPLES)]
-    sums = [torch.zeros(columns, target_BK[rows].shape[0]) for rows in slices]
+    sums = [target_BK.new_zeros(columns, target_BK[rows].shape[0]) for rows in slices]
     # Tables are megabytes that live for a millisecond: in one buffer, since fresh pages would cost as much as the sums.
-    scratch = torch.empty(0)
+    scratch = target_BK.new_empty(0)
     for values_Bn, skip, packed_KW in parts:
         first, lead = divmod(skip, 8)
         length = -(-(lead + values_Bn.shape[1]) // 8)
@@ -50,7 +50,7 @@ def add_by_tables(target_BK: Tensor, parts: Iterable[Part], scale: float) -> Non
         starts_K = torch.arange(0, columns * length, length, dtype=torch.int32)
         for rows, sum_Kb in zip(slices, sums):
             if scratch.numel() < 256 * length * sum_Kb.shape[1]:
-                scratch = torch.empty(256 * length * sum_Kb.shape[1])
+                scratch = target_BK.new_empty(256 * length * sum_Kb.shape[1])
             table_vb = signed_sums(values_Bn[rows], lead, length, scratch)
             sum_Kb += torch.embedding_bag(table_vb, index_Km.view(-1), starts_K, False, 0)[0]
     for rows, sum_Kb in zip(slices, sums):
