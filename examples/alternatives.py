@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -128,6 +128,22 @@ def resampled_lds(bank: Bank, scores: Any) -> np.ndarray:
     subset_counts_BS, target_counts_BT = crossed_counts(*outputs_ST.shape, num_bootstrap=1000, seed=0)
     ranks = average_ranks(predictions(scores, bank.masks)), average_ranks(outputs_ST)
     return resampled_mean(resampled_correlation(*ranks, subset_counts_BS), target_counts_BT)
+
+
+def compared(bank: Bank, scores: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any]]:
+    """By name: the mean LDS of several scores [N, T], the ends of its 95% interval, and those of its gain over the first name, paired."""
+    found: dict[str, dict[str, Any]] = {}
+    first_B = None
+    for name, each in scores.items():
+        samples_B = np.mean([resampled_lds(bank, scores_NT) for scores_NT in each], axis=0)
+        low, high = np.quantile(samples_B, (0.025, 0.975)).tolist()
+        lds = float(np.mean([bank.lds(scores_NT).mean for scores_NT in each]))
+        found[name] = {"lds": lds, "low": low, "high": high}
+        if first_B is None:
+            first_B = samples_B
+        else:
+            found[name]["gain"] = np.quantile(samples_B - first_B, (0.025, 0.975)).tolist()
+    return found
 
 
 def main() -> None:

@@ -18,9 +18,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from alternatives import resampled_lds
+from alternatives import compared
 from experiment_page import number, table
 from small_banks import Seconds, kept_scores
 from torch import Tensor, nn
@@ -149,13 +148,11 @@ def methods(sizes: Sizes, data: Any, alphas_T: Tensor, checkpoints: list[Path], 
 
 def measure(bank: Bank, scores: dict[str, tuple[Tensor, float]]) -> list[dict[str, Any]]:
     """Rows of the table: LDS, its 95% interval, and that of the difference to the first row, in the same resamples."""
-    samples = {name: resampled_lds(bank, scores_NT) for name, (scores_NT, _) in scores.items()}
-    first_B, rows = next(iter(samples.values())), []
-    for name, (scores_NT, seconds) in scores.items():
-        compared = samples[name], samples[name] - first_B
-        interval, gain = np.quantile(compared, (0.025, 0.975), axis=1).T.tolist()
-        row = {"method": name, "lds": bank.lds(scores_NT).mean, "interval": interval, "gain": gain}
-        rows.append({**row, "seconds": round(seconds, 1)})
+    found, rows = compared(bank, {name: [scores_NT] for name, (scores_NT, _) in scores.items()}), []
+    for name, row in found.items():
+        interval, gain = [row["low"], row["high"]], row.get("gain", [0.0, 0.0])
+        row = {"method": name, "lds": row["lds"], "interval": interval, "gain": gain}
+        rows.append({**row, "seconds": round(scores[name][1], 1)})
     return rows
 
 

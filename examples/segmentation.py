@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from alternatives import compared
 from experiment_page import number, table
-from small_banks import Seconds, measure
+from small_banks import Seconds
 from torch import Tensor, nn
 
 import trak
@@ -129,14 +130,8 @@ def evaluate(halves: Bank, trak_NT: Tensor, products_NT: Tensor) -> list[dict[st
     """LDS, intervals and gains over inner products; of random scores the mean over ten draws."""
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     noise = [torch.randn(trak_NT.shape, generator=generator) for _ in range(10)]
-    compared = {"inner products": [products_NT], "TRAK": [trak_NT], "random, mean of 10": noise}
-    rows, reference_B = [], None
-    for name, each in compared.items():
-        row = measure(halves, each, reference_B)
-        samples_B = row.pop("samples")
-        reference_B = samples_B if reference_B is None else reference_B
-        rows.append({"scores": name, **row})
-    return rows
+    scores = {"inner products": [products_NT], "TRAK": [trak_NT], "random, mean of 10": noise}
+    return [{"scores": name, **row} for name, row in compared(halves, scores).items()]
 
 
 def draw(file: Path, images: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from alternatives import resampled_lds
+from alternatives import compared
 from experiment_page import record
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -162,16 +162,6 @@ def groups(count: int, sizes: Sequence[int]) -> list[tuple[int, list[list[int]]]
     return [(size, [[m] for m in range(count)] if size == 1 else [list(range(size))]) for size in sizes]
 
 
-def measure(bank: Bank, each: Sequence[Tensor], reference_B: np.ndarray | None) -> dict[str, Any]:
-    """Mean LDS of several scores [N, T], its interval, and that of the gain over a reference; `samples` are for the next one."""
-    samples_B = np.mean([resampled_lds(bank, scores_NT) for scores_NT in each], axis=0)
-    low, high = np.quantile(samples_B, (0.025, 0.975)).tolist()
-    row = {"lds": float(np.mean([bank.lds(scores_NT).mean for scores_NT in each])), "low": low, "high": high}
-    if reference_B is not None:
-        row["gain"] = np.quantile(samples_B - reference_B, (0.025, 0.975)).tolist()
-    return {**row, "samples": samples_B}
-
-
 def trak_scores(
     setting: Setting,
     checkpoints: Sequence[Path],
@@ -276,11 +266,7 @@ def evaluate(
         dots = [gram.kernel.dot_products for gram in found["whole gradients"].grams]
         scores["gradient dot product"] = [torch.stack([dots[m] for m in one]).mean(0) for one in several]
 
-        reference_B = None
-        for name, each in scores.items():
-            row = measure(trained.bank, each, reference_B)
-            samples_B = row.pop("samples")
-            reference_B = samples_B if reference_B is None else reference_B
+        for name, row in compared(trained.bank, scores).items():
             # Larger ensembles find the features of single checkpoints in the store.
             is_timed = size == 1 and name in found and 1 in found[name].seconds
             spent = {"seconds": round(found[name].seconds[1], 1)} if is_timed else {}

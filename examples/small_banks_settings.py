@@ -163,6 +163,39 @@ def sgd(build: Callable[[], nn.Module], train_set: tuple[Tensor, Tensor], loss: 
     return train
 
 
+def adamw(build: Callable[[], nn.Module], train_set: dict[str, Tensor], loss: Callable) -> Callable:
+    """Training of one model after another by AdamW, on the mean of its rows' losses."""
+
+    def fit(rows: Tensor, seed: int, *, recipe: Recipe, epochs: int) -> nn.Module:
+        with seeded(seed):
+            model = build()
+        generator = torch.Generator().manual_seed(seed)
+        batches = [
+            batch
+            for _ in range(epochs)
+            for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch_size)
+        ]
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay, fused=True
+        )
+        for step, picked in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = recipe.rate * recipe.factor((step + 0.5) / len(batches))
+            optimizer.zero_grad()
+            loss(model, {name: values[picked] for name, values in train_set.items()}).mean().backward()
+            optimizer.step()
+        return model.eval()
+
+    def train(recipe: Recipe, epochs: int, outputs: Callable, **plan: Any) -> Bank:
+        return retrain(
+            lambda picked, seed: fit(picked, seed, recipe=recipe, epochs=epochs),
+            outputs,
+            num_train=recipe.num_train,
+            **plan,
+        )
+
+    return train
+
+
 def rows(recipe: Recipe) -> Setting:
     """Few images: Fashion-MNIST, as it is bundled, with its true labels."""
     data = load_data(corrupted_share=0.0, seed=0)
@@ -318,33 +351,6 @@ def language(recipe: Recipe, sentences: Sequence[tuple[str, ...]]) -> Setting:
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return -task.for_training().output(model, batch)
 
-    def fit(rows: Tensor, seed: int, *, recipe: Recipe, epochs: int) -> nn.Module:
-        with seeded(seed):
-            model = build()
-        generator = torch.Generator().manual_seed(seed)
-        batches = [
-            batch
-            for _ in range(epochs)
-            for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch_size)
-        ]
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay, fused=True
-        )
-        for step, picked in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = recipe.rate * recipe.factor((step + 0.5) / len(batches))
-            optimizer.zero_grad()
-            loss(model, {name: values[picked] for name, values in train_set.items()}).mean().backward()
-            optimizer.step()
-        return model.eval()
-
-    def bank(recipe: Recipe, epochs: int, outputs: Callable, **plan: Any) -> Bank:
-        return retrain(
-            lambda picked, seed: fit(picked, seed, recipe=recipe, epochs=epochs),
-            outputs,
-            num_train=recipe.num_train,
-            **plan,
-        )
-
     return Setting(
         name="language",
         words=f"sentences that state facts of T-REx, a transformer of one layer over {len(known):,} words, log loss summed over words",
@@ -354,5 +360,5 @@ def language(recipe: Recipe, sentences: Sequence[tuple[str, ...]]) -> Setting:
         train_set=train_set,
         targets=encode(targets, known),
         loss=loss,
-        train=bank,
+        train=adamw(build, train_set, loss),
     )

@@ -203,3 +203,28 @@ def test_the_page_has_the_recorded_results(example, name):
     text = (page.PAGES / "small-banks.md").read_text(encoding="utf-8")
     result = json.loads((page.RESULTS / f"experiments-small-banks-{name}.json").read_text())
     assert page.with_section(text, f"small-banks-{name}", example.section(result)) == text
+
+
+def test_gains_are_paired_with_the_first_scores(example):
+    alternatives, generator = importlib.import_module("alternatives"), torch.Generator().manual_seed(0)
+    masks, effects_NT = torch.rand(20, 12, generator=generator) < 0.5, torch.randn(12, 5, generator=generator)
+    outputs_ST = masks.float() @ effects_NT + 0.5 * torch.randn(20, 5, generator=generator)
+    bank = Bank(masks=masks, outputs=outputs_ST[:, None].double())
+    noisy_NT = effects_NT + torch.randn(12, 5, generator=generator)
+    scores = {
+        "true": [effects_NT],
+        "again": [2 * effects_NT],
+        "both": [noisy_NT, effects_NT],
+        "noisy": [noisy_NT],
+    }
+    found = alternatives.compared(bank, scores)
+    assert list(found) == list(scores)
+    assert "gain" not in found["true"]
+    assert found["again"]["gain"] == [0.0, 0.0]  # the same ranks in the same resamples
+    assert found["true"]["lds"] == bank.lds(effects_NT).mean
+    assert found["both"]["lds"] == pytest.approx((found["true"]["lds"] + found["noisy"]["lds"]) / 2)
+    # Half as far from the first, and so are the ends of its interval.
+    assert found["both"]["gain"] == pytest.approx([end / 2 for end in found["noisy"]["gain"]])
+    assert (
+        found["noisy"]["gain"][1] < 0 < found["noisy"]["low"] < found["noisy"]["lds"] < found["noisy"]["high"]
+    )
