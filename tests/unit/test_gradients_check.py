@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trak.blocks import DenseBlock, OuterBlock
 from trak.errors import GradientError, InputError, MixedExamplesError, NonFiniteError, UnsupportedLayerError
@@ -115,6 +116,69 @@ def test_auto_falls_back_with_a_warning_in_the_log(caplog):
     assert "'layer.weight'" in caplog.text
     with pytest.raises(GradientError, match=r"'layer\.weight'"):
         check(Hooked(), model, batch)
+
+
+class Squared(torch.autograd.Function):
+    """No rule for vmap: it must have `setup_context` for that."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class OwnFunction(nn.Module):
+    """A weight of its own, and a function that only plain autograd knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.rand(3)), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(Squared.apply(x * self.scale))
+
+
+def test_auto_takes_one_example_at_a_time_as_a_last_resort(caplog):
+    with caplog.at_level(logging.WARNING, logger="trak"):
+        assert check(Auto(), OwnFunction(), (torch.randn(5, 3),)) == Reference()
+    assert "Functional cannot be used" in caplog.text and "setup_context" in caplog.text
+    with pytest.raises(GradientError, match="setup_context"):
+        check(Functional(), OwnFunction(), (torch.randn(5, 3),))
+
+
+class ByFrequency(nn.Module):
+    """Gradients of rows that occur often in the batch are made smaller."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(4, 3, scale_grad_by_freq=True), nn.Linear(3, 2)
+
+    def forward(self, tokens):
+        return self.head(self.table(tokens).mean(1))
+
+
+@pytest.mark.parametrize("gradients", [Auto(), Reference()], ids=repr)
+def test_gradients_that_depend_on_the_batch_are_refused(gradients):
+    with pytest.raises(MixedExamplesError, match=r"'table\.weight'.*scale_grad_by_freq"):
+        check(gradients, ByFrequency(), (torch.arange(20).reshape(4, 5) % 4,))
+
+
+class Recomputed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.body, self.body(x), use_reentrant=True))
+
+
+def test_reentrant_checkpointing_is_refused():
+    with pytest.raises(GradientError, match="use_reentrant=False"):
+        check(Auto(), Recomputed(), (torch.randn(4, 3),))
 
 
 def test_what_is_not_covered_is_an_error_if_asked_for():

@@ -1,4 +1,4 @@
-"""The default: hooked, with local passes where no layer rule helps; functional where even that cannot be."""
+"""The default: hooked, with local passes where no layer rule helps; functional where even that cannot be; one by one as a last resort."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from trak.gradients.base import Consume, Gradients, Outputs
 from trak.gradients.functional import Functional
 from trak.gradients.hooked import Hooked
 from trak.gradients.mixed import widened, with_local_passes
+from trak.gradients.reference import Reference
 from trak.tasks.base import Task
 
 
 @dataclass(frozen=True)
 class Auto(Gradients):
-    """`Hooked()`, with local passes through modules whose parameters no layer rule covers; else `Functional()`.
+    """`Hooked()`, with local passes through modules whose parameters no layer rule covers; else `Functional()`; else `Reference()`.
 
     `check_first_batch` also moves parameters whose gradients fail the check from rules to local passes, and
-    falls back to `Functional()` if they fail there too.
+    falls back to `Functional()` if they fail there too, and from that to `Reference()`.
     """
 
     def candidates(self, model: nn.Module, names: Sequence[str]) -> tuple[Gradients, ...]:
-        """Hooked, and functional; the latter alone where a local pass would be one through the whole model."""
+        """Hooked, functional and one by one; not the first where a local pass would be one through the whole model."""
         hooked = with_local_passes(Hooked(), model, names)
-        return (Functional(),) if hooked is None else (hooked, Functional())
+        return (*(() if hooked is None else (hooked,)), Functional(), Reference())
 
     def instead(
         self, model: nn.Module, names: Sequence[str], failed: Gradients, error: GradientError

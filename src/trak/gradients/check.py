@@ -17,7 +17,7 @@ from trak.batches import batch_size, take
 from trak.blocks import Block
 from trak.errors import GradientError, InputError, MixedExamplesError, NonFiniteError, TrakError
 from trak.gradients.base import BlamedError, Gradients, Outputs, forward, random_state_kept
-from trak.gradients.reference import batch_gradient
+from trak.gradients.reference import Reference, batch_gradient
 from trak.gradients.swap import lend
 from trak.gradients.wrappers import named_parameters
 from trak.logs import logger
@@ -69,8 +69,8 @@ def check_first_batch(
 
     Args:
         gradients: the source to verify. `Auto` exchanges layer rules that are wrong here for local passes, and
-            falls back to functional gradients, with a warning in the log, where that does not help; any other
-            source must pass.
+            falls back to functional gradients, and from these to those of one example after another, with a
+            warning in the log, where that does not help; any other source must pass.
         model: gives the code; comes back untouched.
         state: every parameter and buffer by canonical name.
         task: what f is.
@@ -213,7 +213,16 @@ def _compare(
             f"under {source} the model outputs differ from an ordinary forward pass by "
             f"{_largest(outputs.f - expected.f):.3g}"
         )
-    _require_equal(f"the sum over examples of gradients from {source}", total, expected.total, expected)
+    try:
+        _require_equal(f"the sum over examples of gradients from {source}", total, expected.total, expected)
+    except BlamedError as error:
+        if not isinstance(gradients, Reference):
+            raise
+        raise MixedExamplesError(
+            f"the gradient of a batch is not the sum of the gradients of its examples alone, for "
+            f"{error.parameters[0]!r} for instance, although the outputs are the same. Something scales gradients by the batch, such as "
+            "nn.Embedding(scale_grad_by_freq=True) or a backward of your own: switch it off, or leave these out with parameters=..."
+        ) from error
     for row, single in singles.items():
         _require_equal(
             f"the gradient of example {row} from {source}", single, expected.singles[row], expected
@@ -258,7 +267,7 @@ def _require_deterministic(once: Tensor, twice: Tensor, tolerance: Tolerance) ->
         raise GradientError(
             "the model is random: two forward passes of the same batch differ by "
             f"{_largest(once - twice):.3g}. It is in eval mode, so look for torch.nn.functional.dropout "
-            "called without training=self.training, or for sampling"
+            "called without training=self.training, for sampling, or for operations in place that change the input (x += …)"
         )
 
 

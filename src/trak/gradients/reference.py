@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from trak.batches import batch_size, take
 from trak.blocks import DenseBlock
+from trak.errors import GradientError
 from trak.gradients.alone import laid_out
 from trak.gradients.base import Consume, Gradients, Outputs, forward, random_state_kept
 from trak.gradients.swap import lend
@@ -69,6 +70,18 @@ def batch_gradient(
             f, q = forward(task, model, batch, batch_size(batch))
         gradients: Sequence[Tensor | None] = [None] * len(names)
         if f.requires_grad:
-            gradients = torch.autograd.grad(f.sum(), list(attributed.values()), allow_unused=True)
+            gradients = _pulled_back(f.sum(), list(attributed.values()))
     dense = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
     return Outputs(f.detach(), q), dict(zip(names, dense))
+
+
+def _pulled_back(total: Tensor, leaves: list[Tensor]) -> Sequence[Tensor | None]:
+    try:
+        return torch.autograd.grad(total, leaves, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise GradientError(
+            "activation checkpointing with use_reentrant=True has no gradients with respect to given parameters: pass "
+            "use_reentrant=False, or switch checkpointing off"
+        ) from error
