@@ -45,7 +45,7 @@ def as_rows(data: Any, *, batch_size: int | None = None, what: str = "train_set"
     Raises:
         InputError: something else; a loader with a sampler of its own; a generator, which can be read only once; nothing in it.
     """
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise InputError(f"batch_size must be a whole number ≥ 1; got {batch_size!r}")
     if isinstance(data, RowSource):
         source = data

@@ -152,14 +152,26 @@ class Attribution:
             labels: one per training row; anything sortable and hashable.
 
         Raises:
-            InputError: another number of labels than training rows.
+            InputError: another number of labels than training rows, or labels that cannot be told apart and put in order.
         """
         values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else list(labels)
+        values = [
+            value.item() if isinstance(value, Tensor) and value.ndim == 0 else value for value in values
+        ]
         if len(values) != self.num_train:
             raise InputError(
                 f"group() needs one label for each of the {self.num_train} training rows; got {len(values)}"
             )
-        names = tuple(sorted(set(values)))
+        try:
+            names = tuple(sorted(set(values)))
+        except TypeError as error:
+            kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+            raise InputError(
+                f"labels must be all of one kind that can be put in order, such as strings or numbers; got {kinds} ({error}). Give rows "
+                "that have none a label of their own"
+            ) from error
+        if any(name != name for name in names):
+            raise InputError("labels hold NaN, which equals nothing: give these rows a label of their own")
         position = {name: index for index, name in enumerate(names)}
         index_N = torch.tensor([position[value] for value in values], dtype=torch.int64)
         sums_GT = torch.zeros(len(names), self.num_targets, dtype=torch.float64)
