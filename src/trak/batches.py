@@ -68,6 +68,14 @@ def take(batch: Any, rows: slice | Tensor) -> Any:
     return _map(batch, lambda tensor: tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)])
 
 
+def joined(pieces: Sequence[Any]) -> Any:
+    """Batches of one structure as one, their examples in this order; what is no tensor is the first one's."""
+    if len(pieces) == 1:
+        return pieces[0]
+    _, rebuild = flatten(pieces[0])
+    return rebuild([torch.cat(leaves) for leaves in zip(*(flatten(piece)[0] for piece in pieces))])
+
+
 def move(batch: Any, device: torch.device | str) -> Any:
     """The batch with its tensors on `device`; unchanged tensors are not copied."""
     return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))

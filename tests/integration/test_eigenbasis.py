@@ -489,4 +489,6 @@ def test_samples_of_every_source(kind):
         for place, number in enumerate(numbers)
     }
     assert [int(found[number]) for number in range(9)] == rows.tolist()
+    sizes = [len(numbers) for numbers, _ in sample.batches()]
+    assert sum(sizes) == 9 and (kind == "budget" or max(sizes) > 2)  # not row by row
     assert int(sample.example(4)[1][0]) == int(rows[4])

@@ -17,6 +17,7 @@ from torch.utils.data import (
 
 from trak.datasets import as_rows, content_hash, prefetched, token_budget_rows
 from trak.errors import InputError
+from trak.methods.samples import some_rows
 
 X, Y = torch.arange(10.0)[:, None], torch.arange(10)
 
@@ -310,3 +311,32 @@ def test_threads_end_with_the_loop():
     next(batches)
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("trak-loading")]
+
+
+class Sevens:
+    """Batches of seven rows, which can only be read from the front."""
+
+    def __iter__(self):
+        return (rows.double() for rows in torch.arange(40).split(7))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 40), max_size=10, unique=True).map(sorted))
+def test_an_iterable_gives_the_batches_with_wanted_rows_and_no_others(edges):
+    ranges = list(zip(edges[::2], edges[1::2]))
+    wanted = {row // 7 for low, high in ranges for row in range(low, high)}
+    found = [int(rows[0]) // 7 for rows, _ in as_rows(Sevens()).batches(ranges)]
+    assert found == sorted(wanted)
+
+
+class Padded:
+    """Batches of three sequences, padded to another length every other batch."""
+
+    def __iter__(self):
+        return (torch.full((3, 2 + index // 2), index) for index in range(8))
+
+
+def test_samples_of_an_iterable_are_put_together_where_batches_are_alike():
+    sample = some_rows(as_rows(Padded()), torch.tensor([1, 4, 5, 6, 10, 22]))
+    found = [(places.tolist(), batch[:, 0].tolist(), batch.shape[1]) for places, batch in sample.batches()]
+    assert found == [([0, 1, 2], [0, 1, 1], 2), ([3, 4], [2, 3], 3), ([5], [7], 5)]

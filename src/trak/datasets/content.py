@@ -18,18 +18,18 @@ def content_hash(items: Iterable[Any]) -> str:
     for item in items:
         leaves, _ = batches.flatten(item)
         # What is no tensor (text, numbers) counts too, by its value; tensors show as their descriptions.
-        digest.update(_outline(item).encode())
+        digest.update(outline(item).encode())
         for tensor in leaves:
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()
 
 
-def _outline(item: Any) -> str:
+def outline(item: Any) -> str:
     """`batches.describe`, with the values of text, numbers and arrays in place of their types."""
     if isinstance(item, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_outline(value)}" for key, value in item.items()) + "}"
+        return "{" + ", ".join(f"{key!r}: {outline(value)}" for key, value in item.items()) + "}"
     if isinstance(item, (tuple, list)):
-        inner = ", ".join(map(_outline, item))
+        inner = ", ".join(map(outline, item))
         return f"({inner})" if isinstance(item, tuple) else f"[{inner}]"
     if isinstance(item, (str, bytes, bool, int, float, complex, np.generic)):
         return repr(item)

@@ -131,7 +131,9 @@ _NO_ONE = _Outer(None, None)
 
 def _inner_modules(model: nn.Module, rules: Sequence[LayerRule]) -> dict[nn.Module, _Outer]:
     found: dict[nn.Module, _Outer] = {}
-    stepping = [rule for rule in rules if isinstance(rule, SteppedRule)]
+    stepping = [
+        rule for rule in rules if isinstance(rule, SteppedRule) and type(rule).inner is not SteppedRule.inner
+    ]
     for name, module in model.named_modules():
         for rule in stepping:
             children = rule.inner(module)

@@ -12,6 +12,7 @@ from torch.utils.data import Subset
 
 from trak import batches
 from trak.datasets import DatasetRows, PrefetchedRows, Range, RowSource, TensorRows, TokenBudgetRows
+from trak.datasets.content import outline
 from trak.projection.philox import derive_key, draw_words
 
 
@@ -45,7 +46,7 @@ def some_rows(source: RowSource, rows: Tensor) -> RowSource:
 
 @dataclass(frozen=True, eq=False)
 class SomeRows(RowSource):
-    """Rows of a source that can only be read through: what is wanted of each of its batches."""
+    """Rows of a source that can only be read through: what is wanted of its batches, put together to batches of that size where they are alike."""
 
     source: RowSource
     rows: Tensor
@@ -57,12 +58,31 @@ class SomeRows(RowSource):
 
     def batches(self, ranges: Sequence[Range] | None = None) -> Iterator[tuple[Tensor, Any]]:
         """All wanted rows, whatever the ranges."""
+        waiting: list[tuple[Tensor, Any]] = []
+        largest, kind = 0, ""
         for numbers_B, batch in self.source.batches([(row, row + 1) for row in self.rows.tolist()]):
             wanted_B = torch.isin(numbers_B, self.rows)
-            if wanted_B.any():
-                places = torch.searchsorted(self.rows, numbers_B[wanted_B])
-                yield places, batches.take(batch, wanted_B.nonzero().squeeze(1))
+            if not wanted_B.any():
+                continue
+            piece = (
+                torch.searchsorted(self.rows, numbers_B[wanted_B]),
+                batches.take(batch, wanted_B.nonzero().squeeze(1)),
+            )
+            # Sequences may be padded to another length in each batch.
+            largest, other = max(largest, len(numbers_B)), outline(batches.take(batch, slice(0, 0)))
+            if waiting and (other != kind or sum(len(places) for places, _ in [*waiting, piece]) > largest):
+                yield _together(waiting)
+                waiting = []
+            waiting.append(piece)
+            kind = other
+        if waiting:
+            yield _together(waiting)
 
     def example(self, row: int) -> Any:
         """Row `row` as a batch of one."""
         return self.source.example(int(self.rows[row]))
+
+
+def _together(pieces: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Any]:
+    places, parts = zip(*pieces)
+    return torch.cat(places), batches.joined(parts)
