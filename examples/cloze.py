@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from alternatives import compared
 from cloze_task import RECIPES, Cloze, guess, make_cloze
-from experiment_page import number, record, table
+from experiment_page import lds_table, number, record
 from facts_task import Row, in_full
 from small_banks import BANK_SEED, CHECKPOINT_SEED, TRIAL_SEED, Seconds, groups, kept_scores, train_all
-from small_banks_page import interval
 from small_banks_settings import DATA_SEED
 from torch import Tensor
 
@@ -170,18 +169,7 @@ def section(result: dict[str, Any]) -> str:
         f"{sum(result['processor seconds'].values()):.0f} processor seconds, one thread of {machine['processor']}, torch {machine['torch']}, "
         f"{machine['date']}."
     )
-    rows = [
-        [
-            row["scores"],
-            str(row["checkpoints"]),
-            number(row["lds"]),
-            interval((row["low"], row["high"])),
-            interval(row["gain"], signed=True) if "gain" in row else "",
-            f"{row['seconds']:.0f}" if "seconds" in row else "",
-        ]
-        for row in result["methods"]
-    ]
-    parts = [facts, table(["scores", "M", "LDS", "95% interval", "gain over TRAK", "s"], rows)]
+    parts = [facts, lds_table(result["methods"], "scores", "TRAK")]
     parts.append(
         f"The strongest proponents of the first targets by TRAK, M = {recipe['checkpoints']}, the object in bold:"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +43,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def number(value: float) -> str:
     """A correlation with three digits and a true minus sign."""
     return f"{value:.3f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def interval(ends: Sequence[float], *, signed: bool = False) -> str:
+    """[low, high], with a plus sign where it is a gain."""
+    return "[" + ", ".join(("+" if signed and end >= 0 else "") + number(end) for end in ends) + "]"
+
+
+def lds_table(methods: Sequence[Mapping[str, Any]], what: str, first: str) -> str:
+    """Rows of `alternatives.compared` for several numbers of checkpoints, M.
+
+    Args:
+        methods: the rows, with "checkpoints", perhaps "seconds", and what was scored under `what`.
+        what: head of the first column.
+        first: what gains are over.
+    """
+    rows = [
+        [
+            row[what],
+            str(row["checkpoints"]),
+            number(row["lds"]),
+            interval((row["low"], row["high"])),
+            interval(row["gain"], signed=True) if "gain" in row else "",
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+        ]
+        for row in methods
+    ]
+    return table([what, "M", "LDS", "95% interval", f"gain over {first}", "s"], rows)

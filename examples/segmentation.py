@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from alternatives import compared
-from experiment_page import number, table
+from experiment_page import interval, number, table
 from small_banks import Seconds
 from torch import Tensor, nn
 
@@ -181,13 +181,10 @@ def run(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def summary(result: Mapping[str, Any]) -> str:
     """The table, and what else is worth a line."""
 
-    def between(low: float, high: float) -> str:
-        return f"[{number(low)}, {number(high)}]"
-
     rows = []
     for row in result["methods"]:
-        lds = f"{number(row['lds'])} {between(row['low'], row['high'])}"
-        rows.append((row["scores"], lds, between(*row["gain"]) if "gain" in row else ""))
+        lds = f"{number(row['lds'])} {interval((row['low'], row['high']))}"
+        rows.append((row["scores"], lds, interval(row["gain"]) if "gain" in row else ""))
     return f"""{table(("scores", "LDS", "gain"), rows)}
 
 Pixels labelled rightly: {result["pixels labelled rightly"]:.1%}; the largest class has {result["share of the largest class"]:.1%}.

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from experiment_page import number, table
-
-
-def interval(ends: Sequence[float], *, signed: bool = False) -> str:
-    """[low, high], with a plus sign where it is a gain."""
-    return "[" + ", ".join(("+" if signed and end >= 0 else "") + number(end) for end in ends) + "]"
+from experiment_page import lds_table, number, table
 
 
 def section(result: dict[str, Any]) -> str:
@@ -28,18 +22,7 @@ def section(result: dict[str, Any]) -> str:
         + f"{sum(result['processor seconds'].values()):.0f} processor seconds, one thread of {machine['processor']}, torch {machine['torch']}, "
         f"{machine['date']}."
     )
-    rows = [
-        [
-            row["features"],
-            str(row["checkpoints"]),
-            number(row["lds"]),
-            interval((row["low"], row["high"])),
-            interval(row["gain"], signed=True) if "gain" in row else "",
-            f"{row['seconds']:.0f}" if "seconds" in row else "",
-        ]
-        for row in result["methods"]
-    ]
-    methods = table(["features", "M", "LDS", "95% interval", "gain over `Sparse`", "s"], rows)
+    methods = lds_table(result["methods"], "features", "`Sparse`")
     sweeps = result["effective dimensions"]
     columns = list(sweeps[0]["lds"])
     dimensions = table(
