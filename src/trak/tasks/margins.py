@@ -5,23 +5,30 @@ Shape legend: B examples, C classes.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from trak.errors import InputError
+from trak.tasks.blocked import blocked_margin
+
+LARGE = 2**20
+"""Logits from which on margins are computed in blocks: of fewer, the tensors that this saves stay in a cache."""
 
 
 def multiclass_margin(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """F = log(p_y / (1 − p_y)) = logit_y − logsumexp of the other logits (Park et al. 2023, section 2), [B].
+    """F = log(p_y / (1 − p_y)) = logit_y − logsumexp of the other logits (Park et al. 2023, section 2), [B]."""
+    classes = logits_BC.shape[1]
+    margin = blocked_margin if logits_BC.numel() >= LARGE else margin_as_written
+    return _nan_outside(margin(logits_BC, labels_B.clamp(0, classes - 1)), labels_B, classes)
+
+
+def margin_as_written(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """The margin of labels 0 to C − 1, [B].
 
     The other logits are summed without the label's: subtracting two probabilities would cancel where p → 1.
     """
-    classes = logits_BC.shape[1]
-    own_B = logits_BC.gather(1, labels_B.clamp(0, classes - 1).unsqueeze(1)).squeeze(1)
-    # A comparison rather than one_hot, which looks at the labels' values and so cannot be vmapped.
-    is_own_BC = torch.arange(classes, device=labels_B.device) == labels_B.unsqueeze(1)
-    others_BC = logits_BC.masked_fill(is_own_BC, float("-inf"))
-    return _nan_outside(own_B - others_BC.logsumexp(1), labels_B, classes)
+    own_B1 = labels_B.unsqueeze(1)
+    others_BC = logits_BC.scatter(1, own_B1, float("-inf"))
+    return logits_BC.gather(1, own_B1).squeeze(1) - others_BC.logsumexp(1)
 
 
 def binary_margin(logits_B: Tensor, labels_B: Tensor) -> Tensor:
