@@ -46,7 +46,9 @@ CONTENDERS: tuple[Contender, ...] = (
         *(f"{PROJECTED}; eigenvectors fitted before", "ours"),
     ),
     Contender("ours-sparse", "main", "ours", "sparse", "ours, Sparse", PROJECTED, "ours"),
-    Contender("ours-rademacher", "main", "ours", "rademacher", "ours, Rademacher", PROJECTED, "ours"),
+    Contender(
+        *("ours-rademacher", "main", "ours", "rademacher", "ours, Rademacher", PROJECTED, "ours"), dense=True
+    ),
     Contender("ours-layers", "main", "ours", "kronecker-layers", "ours, Kronecker, layers", LAYERS, "ours"),
     Contender("traker", "traker", "traker", "featurize", "traker", PROJECTED, "all", dense=True),
     Contender("dattri-trak", "dattri", "dattri", "trak", "dattri, TRAK", PROJECTED, "all", dense=True),

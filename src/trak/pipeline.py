@@ -6,25 +6,18 @@ Everything comes in as arguments and goes out as results; the store is the only 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trak import batches
+from trak.allocator import give_freed_memory_back
 from trak.datasets import RowSource
-from trak.errors import InputError, MissingRowsError, NonFiniteError
+from trak.errors import InputError, MissingRowsError
 from trak.gradients import (
-    Gradients,
-    Outputs,
-    check_first_batch,
     forward_outputs,
-    lend,
-    select_gradients,
 )
-from trak.gradients.base import random_state_kept
 from trak.precondition import (
     Damping,
     FixedDamping,
@@ -34,88 +27,11 @@ from trak.precondition import (
     fit_preconditioner,
 )
 from trak.progress import bar
-from trak.projection import Factors, FittedProjection, Leading, Projection, ProjectionState
+from trak.projection import Factors, Leading
+from trak.projector import Projector, projected
 from trak.scores import KernelScores, Member
+from trak.setting import Setting, bound_task, prepare
 from trak.store import RowSet, Store, ranges_text
-from trak.tasks import Task
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What stays the same for every checkpoint of a run.
-
-    Attributes:
-        model: the user's module; never changed.
-        task: what f is.
-        gradients: how per-example gradients are computed.
-        projection: how they are projected.
-        shapes: attributed parameters, name to shape.
-        device: where models run.
-        dtype: in which they compute; None leaves each parameter's own.
-        progress: True or False to force progress bars, None for terminals and notebooks only.
-    """
-
-    model: nn.Module
-    task: Task
-    gradients: Gradients
-    projection: Projection
-    shapes: Mapping[str, tuple[int, ...]]
-    device: torch.device
-    dtype: torch.dtype | None = None
-    progress: bool | None = None
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        """In which features are summed: float64 for float64 computations, else float32."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def for_training(self) -> Setting:
-        """The setting for training rows, whose task may be another than the targets' (see `Task.for_training`)."""
-        task = self.task.for_training()
-        return self if task is self.task else replace(self, task=task)
-
-
-def bound_task(setting: Setting, state: Mapping[str, Tensor]) -> Task:
-    """The setting's task at this checkpoint (see `Task.bind`)."""
-    if type(setting.task).bind is Task.bind:
-        return setting.task
-    with random_state_kept(state), lend(setting.model, state) as model, torch.no_grad():
-        return setting.task.bind(model, lambda batch: prepare(setting, batch))
-
-
-def verify(setting: Setting, state: Mapping[str, Tensor], batch: Any) -> Setting:
-    """The setting with gradients that passed the first-batch check (see `trak.gradients.check_first_batch`).
-
-    For every later batch and checkpoint use what this returns: automatic gradients that failed have fallen back in it. A batch of one
-    example cannot show everything: automatic gradients that passed on it stay automatic, to be verified on a larger one.
-
-    Raises:
-        GradientError, MixedExamplesError, NonFiniteError: what the check found.
-        InputError: a mode of torch around the call in which gradients or their sums would be others.
-    """
-    _refuse_modes(setting.device)
-    batch = prepare(setting, batch)
-    names = list(setting.shapes)
-    task = bound_task(setting, state)
-    gradients = check_first_batch(setting.gradients, setting.model, state, task, batch, names)
-    if batches.batch_size(batch) == 1 and gradients == select_gradients(
-        setting.gradients, setting.model, names
-    ):
-        return setting
-    return replace(setting, gradients=gradients)
-
-
-def _refuse_modes(device: torch.device) -> None:
-    if torch.is_inference_mode_enabled():
-        raise InputError(
-            "there are no gradients under torch.inference_mode(): attribute outside of it (torch.no_grad() does no harm)"
-        )
-    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
-        raise InputError(
-            "under torch.autocast also projections, sums and scores would be in half precision: attribute outside of it, and let the task's "
-            "output() enter autocast if the model is to run in it"
-        )
 
 
 def compare_stored(
@@ -150,12 +66,6 @@ def compare_stored(
 
 def _computes_in_half(setting: Setting, state: Mapping[str, Tensor]) -> bool:
     return any(state[name].dtype in (torch.float16, torch.bfloat16) for name in setting.shapes)
-
-
-def prepare(setting: Setting, batch: Any) -> Any:
-    """The batch on the device, in the computing dtype."""
-    batch = batches.move(batch, setting.device)
-    return batch if setting.dtype is None else batches.cast(batch, setting.dtype)
 
 
 def featurize(
@@ -193,68 +103,11 @@ def featurize(
         bar(rows.num_rows, label, enabled=setting.progress, initial=rows.num_rows - total) as shown,
         rows.writer() as writer,
     ):
-        for row_numbers, batch in source.batches(missing):
-            where = f"{label}, rows {int(row_numbers[0])} to {int(row_numbers[-1])}"
-            features_BK, outputs = projector(prepare(setting, batch), label=where)
+        for row_numbers, (features_BK, outputs) in projected(projector, source.batches(missing), label):
             wanted_B = _inside(row_numbers, missing)
             writer.add(row_numbers[wanted_B], features_BK[wanted_B], outputs.f[wanted_B], outputs.q[wanted_B])
             shown.update(int(wanted_B.sum()))
-
-
-class Projector:
-    """Projected gradients of batches at one checkpoint: (batch) -> (φ [B, K], outputs), all on the CPU."""
-
-    def __init__(
-        self,
-        setting: Setting,
-        state: Mapping[str, Tensor],
-        model_id: int,
-        factors: Mapping[str, Factors | Leading] | None = None,
-    ) -> None:
-        self.setting, self.state, self.model_id, self.factors = setting, state, model_id, factors
-        self.names = list(setting.shapes)
-        self.task = bound_task(setting, state)
-        self.gradients = select_gradients(setting.gradients, setting.model, self.names)
-
-    @cached_property
-    def drawn(self) -> ProjectionState:
-        """The projection's state: prepared when the first gradients are to be projected.
-
-        Raises:
-            ProjectionError: the projection is fitted, and there are no factors.
-        """
-        setting = self.setting
-        options: dict[str, Any] = {"device": setting.device, "dtype": setting.sum_dtype}
-        if isinstance(setting.projection, FittedProjection):
-            options["factors"] = self.factors
-        return setting.projection.init(setting.shapes, checkpoint=self.model_id, **options)
-
-    def outputs(self, batch: Any) -> Tensor:
-        """F [B] of a prepared batch by one forward pass, on the CPU."""
-        return forward_outputs(self.setting.model, self.state, self.task, batch).f.cpu()
-
-    def __call__(self, batch: Any, *, label: str = "batch") -> tuple[Tensor, Outputs]:
-        """φ [B, K] and outputs (f [B], q [B]) of a prepared batch.
-
-        Raises:
-            NonFiniteError: an output, a weight or a feature is NaN or infinite.
-            InputError: under inference mode or autocast.
-        """
-        setting = self.setting
-        _refuse_modes(setting.device)
-        features_BK = self.drawn.zeros(batches.batch_size(batch))
-        outputs = self.gradients.compute(
-            setting.model,
-            self.state,
-            self.task,
-            batch,
-            self.names,
-            lambda block: setting.projection.add(self.drawn, block, features_BK),
-        )
-        features_BK, outputs = features_BK.cpu(), Outputs(outputs.f.cpu(), outputs.q.cpu())
-        where = f"checkpoint {self.model_id}, {label}"
-        refuse_nonfinite(features_BK, outputs, where=where, what="projected gradients")
-        return features_BK, outputs
+    give_freed_memory_back()
 
 
 def fit(
@@ -423,30 +276,6 @@ def _moments(
         name, tensors | {"outputs_square": torch.tensor(moments.outputs_square, dtype=torch.float64)}
     )
     return moments
-
-
-def refuse_nonfinite(gradients_BK: Tensor, outputs: Outputs, *, where: str, what: str) -> None:
-    """Raise where a row of a batch holds NaN or infinity.
-
-    Args:
-        gradients_BK: of the batch, projected or whole.
-        outputs: f and q of the same rows.
-        where: begins the message.
-        what: the gradients' name in it.
-
-    Raises:
-        NonFiniteError: the first such rows, by their positions in the batch.
-    """
-    for named, values in (("model outputs", outputs.f), ("loss weights", outputs.q), (what, gradients_BK)):
-        rows = values.reshape(len(values), -1)
-        # A sum is finite only if all of its terms are. It may overflow where they are: only such rows are looked at.
-        suspects = (~rows.sum(1).isfinite()).nonzero().squeeze(1)
-        bad = [int(row) for row in suspects if not bool(rows[row].isfinite().all())]
-        if bad:
-            raise NonFiniteError(
-                f"{where}: {named} are NaN or infinite for {len(bad)} of {len(rows)} examples, first at position {bad[0]} of the batch. "
-                "Look at the model's output there; a model in float16 may overflow: try dtype=torch.float32"
-            )
 
 
 def _inside(rows_B: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trak import batches
+from trak.allocator import give_freed_memory_back
 from trak.datasets import as_rows
 from trak.errors import InputError, ProtocolError
 from trak.gradients import Gradients
@@ -35,10 +36,11 @@ from trak.methods.runs import (
 )
 from trak.methods.sessions import Session
 from trak.methods.weights import resolve_curvature, resolve_exponent
-from trak.pipeline import Projector, Setting, prepare, verify
 from trak.precondition import Damping, FixedDamping, resolve_damping
 from trak.projection import FittedProjection, Projection
+from trak.projector import Projector
 from trak.results import Attribution
+from trak.setting import Setting, prepare, verify
 from trak.store import open_store
 from trak.tasks import Task
 
@@ -362,11 +364,13 @@ class TRAKer:
         return self._setting.for_training if experiment is None else self._setting
 
     def _end(self) -> None:
-        """Write what is still in memory."""
+        """Write what is still in memory, and free what batches needed."""
         session, self._session = self._session, None
         if session is not None:
             self._flush.detach()
             session.writer.close()
+            del session
+            give_freed_memory_back()
 
     def _register(self, state: Any, model_id: int | None) -> int:
         if model_id is None:

@@ -71,7 +71,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("after", [1, 20, 36, 70, 151, 200, 302])
 def test_interrupted_in_the_middle_of_a_checkpoint(tmp_path, monkeypatch, after):
     expected = run(None)
-    compute = trak.pipeline.Projector.__call__
+    compute = trak.projector.Projector.start
     calls = []
 
     def stopping(self, *args, **options):
@@ -80,7 +80,7 @@ def test_interrupted_in_the_middle_of_a_checkpoint(tmp_path, monkeypatch, after)
             raise Stop
         return compute(self, *args, **options)
 
-    monkeypatch.setattr(trak.pipeline.Projector, "__call__", stopping)
+    monkeypatch.setattr(trak.projector.Projector, "start", stopping)
     with pytest.raises(Stop):
         run(tmp_path)
     assert torch.equal(run(tmp_path), expected)

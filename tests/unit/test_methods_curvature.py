@@ -17,7 +17,8 @@ from trak.methods.lissa import LiSSAInfluence, draw_batch, lissa
 from trak.methods.outer_products import OuterProducts
 from trak.methods.samples import spread_rows
 from trak.methods.whole_gradients import WholeGradients
-from trak.pipeline import Projector, prepare
+from trak.projector import Projector
+from trak.setting import prepare
 
 N, T, LAMBDA = 24, 3, 0.05
 

@@ -79,7 +79,7 @@ def test_tracin_reads_the_features_that_trak_stored(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("featurized again")
 
-    monkeypatch.setattr("trak.pipeline.Projector.__call__", refuse)
+    monkeypatch.setattr("trak.projector.Projector.start", refuse)
     found = TracIn(**options).fit(TRAIN, STATES).attribute(TARGETS).scores.tensor()
     torch.testing.assert_close(found, again.attribute(TARGETS).scores.tensor())
 

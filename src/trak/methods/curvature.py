@@ -29,7 +29,7 @@ from trak.gradients import lend
 from trak.gradients.base import random_state_kept
 from trak.methods.gradient_passes import Passes
 from trak.methods.runs import first_batch
-from trak.pipeline import Setting, prepare
+from trak.setting import Setting, prepare
 from trak.tasks import CustomTask, ImageClassification, Regression, Task, TextClassification
 
 Product = Callable[[Tensor], Tensor]

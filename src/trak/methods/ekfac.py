@@ -23,10 +23,10 @@ from trak.methods.curvature import LentLoss, check_loss, import_curvlinops, lent
 from trak.methods.gradient_passes import Passes, State, influence_attribution, start_passes
 from trak.methods.runs import RunOptions, first_batch
 from trak.methods.weights import resolve_exponent
-from trak.pipeline import prepare
 from trak.precondition import Damping, FixedDamping, RelativeDamping
 from trak.projection import Identity
 from trak.results import Attribution
+from trak.setting import prepare
 from trak.tasks import resolve_task
 
 _FISHERS = {"exact": "type-2", "sampled": "mc", "empirical": "empirical"}

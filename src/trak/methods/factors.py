@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from trak.allocator import keep_freed_memory
 from trak.blocks import Block
 from trak.datasets import RowSource
 from trak.errors import NonFiniteError, ProtocolError
 from trak.gradients import select_gradients
 from trak.methods.samples import some_rows, spread_rows
-from trak.pipeline import Setting, bound_task, curvature_weights, prepare
+from trak.pipeline import curvature_weights
 from trak.progress import bar
 from trak.projection import (
     Factors,
@@ -21,6 +22,7 @@ from trak.projection import (
     Moments,
     joined,
 )
+from trak.setting import Setting, bound_task, prepare
 from trak.store import Store
 
 CURVATURE_EXPONENT = 0.5
@@ -123,6 +125,7 @@ def _gradients(
     """Of each batch the gradients, one block for a parameter, and the examples' weights."""
     task, names = bound_task(setting, state), list(setting.shapes)
     gradients = select_gradients(setting.gradients, setting.model, names)
+    keep_freed_memory()
     with bar(sample.num_rows, label, enabled=setting.progress) as shown:
         for numbers_B, batch in sample.batches():
             blocks: dict[str, list[Block]] = {}

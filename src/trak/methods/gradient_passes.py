@@ -21,11 +21,11 @@ from trak.memory import available_memory
 from trak.methods.runs import RunOptions, checkpoint_list, first_batch, load_state, resolve_setting
 from trak.methods.weights import flattened
 from trak.methods.whole_gradients import WholeGradients
-from trak.pipeline import Setting, prepare, verify
 from trak.progress import bar
 from trak.projection import Identity
 from trak.results import Attribution
 from trak.scores import ArrayScores
+from trak.setting import Setting, prepare, verify
 
 State = Mapping[str, Tensor]
 

@@ -27,9 +27,9 @@ from trak.methods.dot_scores import DotScores, Part
 from trak.methods.gradient_passes import start_passes
 from trak.methods.influence_span import FittedSpanInfluence, fit_in_span
 from trak.methods.runs import Run, RunOptions, featurize_targets, start_run
-from trak.pipeline import prepare
 from trak.projection import Identity
 from trak.results import Attribution
+from trak.setting import prepare
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

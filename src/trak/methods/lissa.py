@@ -24,9 +24,9 @@ from trak.methods.curvature import LentLoss, Product, check_loss, import_curvlin
 from trak.methods.gradient_passes import Passes, State, influence_attribution, start_passes
 from trak.methods.outer_products import OuterProduct, OuterProducts
 from trak.methods.runs import RunOptions
-from trak.pipeline import prepare
 from trak.progress import bar
 from trak.results import Attribution
+from trak.setting import prepare
 
 _POWER_STEPS = 20
 _SCALE_DRAWS, _LEAST_SCALE = 8, 10.0

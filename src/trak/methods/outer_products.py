@@ -21,7 +21,7 @@ from trak import batches
 from trak.methods.curvature import loss_curvature
 from trak.methods.gradient_passes import Passes, State
 from trak.methods.whole_gradients import WholeGradients
-from trak.pipeline import prepare
+from trak.setting import prepare
 
 
 @dataclass(frozen=True, eq=False)

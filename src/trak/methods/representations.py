@@ -22,9 +22,9 @@ from trak.gradients import lend
 from trak.gradients.base import random_state_kept
 from trak.memory import available_memory
 from trak.methods.runs import RunOptions, checkpoint_list, load_state, resolve_setting
-from trak.pipeline import Setting, bound_task, prepare
 from trak.progress import bar
 from trak.projection import Identity
+from trak.setting import Setting, bound_task, prepare
 from trak.tasks import Task
 
 Transform = Callable[[Any], Tensor]

@@ -31,8 +31,9 @@ from trak.gradients import (
 from trak.logs import logger
 from trak.memory import available_memory
 from trak.methods.factors import kept_factors, stored_factors
-from trak.pipeline import Setting, compare_stored, featurize, verify
+from trak.pipeline import compare_stored, featurize
 from trak.projection import Projection, default_projection
+from trak.setting import Setting, verify
 from trak.store import Header, Store, open_store
 from trak.tasks import Task, resolve_task
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trak import batches
 from trak.errors import InputError
-from trak.pipeline import Projector
+from trak.projector import Projector
 from trak.store import RowSet, Writer
 
 

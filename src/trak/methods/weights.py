@@ -17,8 +17,8 @@ from trak.checkpoints import describe
 from trak.errors import InputError
 from trak.gradients import lend
 from trak.methods.runs import Run, load_state
-from trak.pipeline import bound_task, prepare
 from trak.progress import bar
+from trak.setting import bound_task, prepare
 from trak.store import Store
 from trak.tasks import Task
 

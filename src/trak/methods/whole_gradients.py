@@ -16,7 +16,8 @@ from torch import Tensor
 from trak import batches
 from trak.blocks import Block
 from trak.gradients import Outputs
-from trak.pipeline import Projector, Setting, refuse_nonfinite
+from trak.projector import Projector, refuse_nonfinite
+from trak.setting import Setting
 
 
 class WholeGradients:

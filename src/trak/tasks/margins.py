@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trak.errors import InputError
 from trak.tasks.blocked import blocked_margin
+from trak.tasks.looking import is_true
 
 LARGE = 2**20
 """Logits from which on margins are computed in blocks: of fewer, the tensors that this saves stay in a cache."""
@@ -77,10 +78,7 @@ def check_logits(logits: object, labels_B: object, *, what: str) -> tuple[Tensor
 
 def _refuse_labels(labels_B: Tensor, classes: int, what: str) -> None:
     outside_B = (labels_B < 0) | (labels_B >= classes)
-    try:
-        if not bool(outside_B.any()):
-            return
-    except RuntimeError:  # under vmap values cannot be looked at: f is NaN there, which is refused later
+    if not is_true(outside_B.any()):  # where it is not looked at f is NaN, which is refused later
         return
     position = int(outside_B.nonzero()[0])
     raise InputError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trak.errors import InputError
 from trak.tasks.base import Task
+from trak.tasks.looking import is_true
 from trak.tasks.margins import multiclass_margin
 
 IGNORED = -100
@@ -99,7 +100,7 @@ class SeriesTask(Task):
         if self.weights == "single_position":
             refuse_several(counts_B, type(self).__name__)
             impossible_B = counts_B != 1
-        # Where values cannot be looked at (under vmap) NaN tells, and is refused later.
+        # Where values are not looked at, as under vmap, NaN tells, and is refused later.
         outputs_B = self.reduced(margins_BT, counted_BT).masked_fill(impossible_B, float("nan"))
         if self.weights == "per_position":
             return outputs_B, torch.ones_like(outputs_B)
@@ -202,7 +203,7 @@ def check_positions(
         )
     labels = labels.long()
     outside = counted & ((labels < 0) | (labels >= logits.shape[2]))
-    if _is_true(outside.any()):
+    if is_true(outside.any()):
         row, position = (int(index) for index in outside.nonzero()[0])
         raise InputError(
             f"{what} needs labels 0 to {logits.shape[2] - 1}, or {IGNORED} for positions that are no targets; got {int(labels[row, position])} "
@@ -228,13 +229,13 @@ def check_labels(labels: object, *, what: str, ndim: int | None = 2) -> Tensor:
 
 
 def refuse_empty(counted_BT: Tensor, what: str) -> None:
-    """Nothing if every example has target positions, or if values cannot be looked at.
+    """Nothing if every example has target positions, or if values are not looked at.
 
     Raises:
         InputError: one has none.
     """
     empty_B = ~counted_BT.any(1)
-    if _is_true(empty_B.any()):
+    if is_true(empty_B.any()):
         raise InputError(
             f"{what}: example {int(empty_B.nonzero()[0])} of the batch, {int(empty_B.sum())} of {len(empty_B)} in all, has no target positions (all "
             f"labels are {IGNORED} or masked), so that there is nothing to explain. Leave such examples out, or look at how labels are made"
@@ -242,21 +243,13 @@ def refuse_empty(counted_BT: Tensor, what: str) -> None:
 
 
 def refuse_several(counts_B: Tensor, what: str) -> None:
-    """Nothing if every example has at most one target position, or if values cannot be looked at.
+    """Nothing if every example has at most one target position, or if values are not looked at.
 
     Raises:
         InputError: one has several.
     """
-    if _is_true((counts_B > 1).any()):
+    if is_true((counts_B > 1).any()):
         raise InputError(
             f'{what}(weights="single_position") is for rows of one target position, as token_rows() makes them; example '
             f'{int((counts_B > 1).nonzero()[0])} of the batch has {int(counts_B.max())}. For whole sequences use weights="per_position"'
         )
-
-
-def _is_true(flag: Tensor) -> bool:
-    """Whether it is, where it can be looked at: not under vmap."""
-    try:
-        return bool(flag)
-    except RuntimeError:
-        return False
