@@ -1,0 +1,92 @@
+"""The whole way on a CUDA device: the same scores as on the CPU, and the same refusals."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import trak
+from trak.gradients import model_state, select_parameters
+from trak.projector import Projector
+from trak.setting import Setting, prepare
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+N, TARGETS = 70, 5
+
+
+class Words(nn.Module):
+    """Logits of 5,000 words from the word before: enough for margins in blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5000, 8)
+        self.head = nn.Linear(8, 5000)
+
+    def forward(self, input_ids):
+        return self.head(self.table(input_ids))
+
+
+def images():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 3)
+    )
+    return model, (torch.randn(N, 3, 8, 8), torch.randint(3, (N,))), "image_classification"
+
+
+def texts():
+    torch.manual_seed(0)
+    ids = torch.randint(5000, (N, 32))
+    return Words(), {"input_ids": ids, "labels": ids}, "causal_lm"
+
+
+def attribute(model, train, task, device, **options):
+    targets = (
+        {name: part[:TARGETS] for name, part in train.items()}
+        if isinstance(train, dict)
+        else tuple(part[:TARGETS] for part in train)
+    )
+    options = {"batch_size": 16, "device": device, "progress": False, "dtype": torch.float64} | options
+    return trak.attribute(model, train, targets, task=task, **options).scores[:]
+
+
+@pytest.mark.parametrize("example", [images, texts])
+@pytest.mark.parametrize(
+    "projection", [trak.Sparse(64), trak.Kronecker(64), trak.Rademacher(64), trak.Eigenbasis(64, sample=64)]
+)
+def test_scores_are_those_of_the_cpu(example, projection):
+    model, train, task = example()
+    got, expected = (
+        np.asarray(attribute(model, train, task, device, projection=projection)) for device in ("cuda", "cpu")
+    )
+    # Eigenvectors of near-equal eigenvalues may differ.
+    tolerance = 1e-2 if isinstance(projection, trak.Eigenbasis) else 1e-6
+    assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("row", [0, 40, N - 1])
+def test_labels_that_do_not_exist(row):
+    model, (inputs, labels), task = images()
+    labels[row] = 9
+    with pytest.raises(trak.InputError, match=r"needs labels 0 to 2 .* got 9"):
+        attribute(model, (inputs, labels), task, "cuda")
+
+
+def test_starting_a_batch_waits_for_nothing():
+    model, batch, _ = images()
+    model.cuda()
+    shapes, device = select_parameters(model, None), torch.device("cuda")
+    setting = Setting(model, trak.ImageClassification(), trak.Hooked(), trak.Sparse(64), shapes, device)
+    projector = Projector(setting, model_state(model, None, device), 0)
+    batch = prepare(setting, batch)
+    expected, _ = projector(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        finish = projector.start(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(finish()[0], expected)
