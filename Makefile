@@ -48,10 +48,10 @@ docs: $(VENV)/.dev  ## generate the CLI reference and run every block of README 
 	$(BIN)/python -m trak.cli.reference > docs/cli.md
 	$(PYTEST) tests/test_docs.py
 
-bench: $(VENV)/.dev  ## measure speed and memory beside the peers, each in its own environment (an hour)
+bench: $(VENV)/.demo  ## measure speed and memory beside the peers, each in its own environment (an hour)
 	$(BIN)/python benchmarks/bench.py
 
-bench-quick: $(VENV)/.dev  ## the same for two models and fewer rounds (ten minutes)
+bench-quick: $(VENV)/.demo  ## the same for two models and fewer rounds (ten minutes)
 	$(BIN)/python benchmarks/bench.py --quick
 
 $(WIDE)/.done: tests/wide.txt

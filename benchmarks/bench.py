@@ -121,10 +121,8 @@ def main() -> None:
         for c in CONTENDERS
         if options.contenders is None or c.key in options.contenders or c.group == "floor"
     ]
-    pythons: dict[str, Path | str] = {}
-    for env in dict.fromkeys(contender.env for contender in contenders):
-        problem = ensure(env)
-        pythons[env] = problem if problem is not None else python_of(env)
+    problems = ensure(dict.fromkeys(contender.env for contender in contenders))
+    pythons: dict[str, Path | str] = {env: problem or python_of(env) for env, problem in problems.items()}
     record: dict[str, Any] = {
         "machine": machine(options.device),
         "versions": peer_versions(contenders, pythons),

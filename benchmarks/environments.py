@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,16 +27,23 @@ def python_of(name: str) -> Path:
     return FOLDER / name / "bin" / "python"
 
 
-def ensure(name: str) -> str | None:
-    """Make the environment if it is not there as listed; what went wrong, in a line, or None."""
-    if name == "main":
-        return None
+def ensure(names: Iterable[str]) -> dict[str, str | None]:
+    """Make the environments that are not there as listed, two at a time; for each what went wrong, in a line, or None."""
+    problem = _problem(SHARED, ["--constraint", str(ROOT / "constraints.txt")])
+
+    def made(name: str) -> str | None:
+        if name in ("main", SHARED):
+            return problem if name == SHARED else None
+        return problem or _problem(name, ["--no-deps", *OPTIONS.get(name, [])], sees=SHARED)
+
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(names, pool.map(made, names)))
+
+
+def _problem(name: str, options: list[str], sees: str | None = None) -> str | None:
     try:
-        if name != SHARED:
-            _make(SHARED, ["--constraint", str(ROOT / "constraints.txt")])
-            _make(name, ["--no-deps", *OPTIONS.get(name, [])], sees=SHARED)
-        else:
-            _make(SHARED, ["--constraint", str(ROOT / "constraints.txt")])
+        _make(name, options, sees)
     except subprocess.CalledProcessError as error:
         lines = [line for line in (error.stderr or "").splitlines() if line.startswith("ERROR")]
         return f"the environment cannot be made: {lines[-1] if lines else error}"
@@ -52,7 +61,7 @@ def versions(name: str) -> dict[str, str]:
     return dict(line.split("==", 1) for line in run.stdout.splitlines() if "==" in line)
 
 
-def _make(name: str, options: list[str], sees: str | None = None) -> None:
+def _make(name: str, options: list[str], sees: str | None) -> None:
     requirements = HERE / "envs" / f"{name}.txt"
     mark, folder = FOLDER / name / ".made", FOLDER / name
     content = requirements.read_text() + " ".join(options) + (sees or "")
