@@ -35,7 +35,7 @@ ALLOWED = {
     "allocator": {"memory"},
     "transfer": set(),
     "setting": VOCABULARY | {"tasks", "gradients", "projection"},
-    "projector": VOCABULARY | {"allocator", "transfer", "setting", "tasks", "gradients", "projection"},
+    "projector": VOCABULARY | {"transfer", "setting", "tasks", "gradients", "projection"},
     "pipeline": VOCABULARY
     | {
         "allocator",

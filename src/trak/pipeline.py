@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trak import batches
-from trak.allocator import give_freed_memory_back
+from trak.allocator import give_freed_memory_back, keep_freed_memory
 from trak.datasets import RowSource
 from trak.errors import InputError, MissingRowsError
 from trak.gradients import (
@@ -99,15 +99,20 @@ def featurize(
         return
     projector = Projector(setting, state, model_id, factors)
     total = sum(stop - start for start, stop in missing)
-    with (
-        bar(rows.num_rows, label, enabled=setting.progress, initial=rows.num_rows - total) as shown,
-        rows.writer() as writer,
-    ):
-        for row_numbers, (features_BK, outputs) in projected(projector, source.batches(missing), label):
-            wanted_B = _inside(row_numbers, missing)
-            writer.add(row_numbers[wanted_B], features_BK[wanted_B], outputs.f[wanted_B], outputs.q[wanted_B])
-            shown.update(int(wanted_B.sum()))
-    give_freed_memory_back()
+    keep_freed_memory()
+    try:
+        with (
+            bar(rows.num_rows, label, enabled=setting.progress, initial=rows.num_rows - total) as shown,
+            rows.writer() as writer,
+        ):
+            for row_numbers, (features_BK, outputs) in projected(projector, source.batches(missing), label):
+                wanted_B = _inside(row_numbers, missing)
+                writer.add(
+                    row_numbers[wanted_B], features_BK[wanted_B], outputs.f[wanted_B], outputs.q[wanted_B]
+                )
+                shown.update(int(wanted_B.sum()))
+    finally:
+        give_freed_memory_back()
 
 
 def fit(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from trak import batches
-from trak.allocator import keep_freed_memory
 from trak.errors import NonFiniteError
 from trak.gradients import (
     Outputs,
@@ -39,7 +38,6 @@ class Projector:
         self.names = list(setting.shapes)
         self.task = bound_task(setting, state)
         self.gradients = select_gradients(setting.gradients, setting.model, self.names)
-        keep_freed_memory()
 
     @cached_property
     def drawn(self) -> ProjectionState:

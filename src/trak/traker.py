@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trak import batches
-from trak.allocator import give_freed_memory_back
+from trak.allocator import give_freed_memory_back, keep_freed_memory
 from trak.datasets import as_rows
 from trak.errors import InputError, ProtocolError
 from trak.gradients import Gradients
@@ -356,6 +356,7 @@ class TRAKer:
         factors = stored_factors(self._setting, self._store, model_id, is_needed=experiment is not None)
         projector = Projector(self._session_setting(experiment), state, model_id, factors)
         self._session = Session(model_id, projector, rows, writer, experiment=experiment)
+        keep_freed_memory()
         # Also at the interpreter's exit: rows that wait for their shard to fill must not be lost.
         self._flush = weakref.finalize(self, writer.close)
 
