@@ -48,7 +48,7 @@ docs: $(VENV)/.dev  ## generate the CLI reference and run every block of README 
 	$(BIN)/python -m trak.cli.reference > docs/cli.md
 	$(PYTEST) tests/test_docs.py
 
-bench: $(VENV)/.demo  ## measure speed and memory beside the peers, each in its own environment (an hour)
+bench: $(VENV)/.demo  ## measure speed and memory beside the peers, each in its own environment (about half an hour)
 	$(BIN)/python benchmarks/bench.py
 
 bench-quick: $(VENV)/.demo  ## the same for two models and fewer rounds (ten minutes)

@@ -29,16 +29,15 @@ def python_of(name: str) -> Path:
 
 def ensure(names: Iterable[str]) -> dict[str, str | None]:
     """Make the environments that are not there as listed, two at a time; for each what went wrong, in a line, or None."""
-    problem = _problem(SHARED, ["--constraint", str(ROOT / "constraints.txt")])
+    shared = _problem(SHARED, ["--constraint", str(ROOT / "constraints.txt")])
+    found = {"main": None, SHARED: shared}
+    peers = [name for name in names if name not in found]
 
-    def made(name: str) -> str | None:
-        if name in ("main", SHARED):
-            return problem if name == SHARED else None
-        return problem or _problem(name, ["--no-deps", *OPTIONS.get(name, [])], sees=SHARED)
+    def make(name: str) -> str | None:
+        return shared or _problem(name, ["--no-deps", *OPTIONS.get(name, [])], sees=SHARED)
 
-    names = list(names)
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return dict(zip(names, pool.map(made, names)))
+        return found | dict(zip(peers, pool.map(make, peers)))
 
 
 def _problem(name: str, options: list[str], sees: str | None = None) -> str | None:

@@ -3,8 +3,9 @@
     python benchmarks/featurize.py [--dim 2048] [--rounds 5] [--threads 1] [--cases resnet,bert-128] [--out benchmarks/results/featurize.json]
 
 Every round measures all contenders in turn, so that drift of the machine falls on all alike; medians of ratios are reported. The floor is
-the plain pass: 1.0 means that attribution costs as much as training for one epoch. With one thread, time is the process's own: other
-load does not count, though it still takes caches. Cases and contenders that are run are put beside those that the file has from before.
+the plain pass: 1.0 means that attribution costs as much as training for one epoch. Rademacher has a larger batch, and counts for each
+example. With one thread, time is the process's own: other load does not count, though it still takes caches. Cases and contenders that are
+run are put beside those that the file has from before.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def own(build, *, images=None, tokens=None, batch_size=64):
     return make
 
 
-LARGE = 4
-"""Times the batch, for `Rademacher`, which draws its signs once for every batch: as the peers' benchmark has it for those that do."""
+LARGER = {"Rademacher": 4}
+"""Times the batch, for what draws its signs once for every batch: as the peers' benchmark has it."""
 
 MODELS = {
     "resnet": own(lambda: ResNet(widths=(32, 64), blocks=2), images=True),
@@ -200,7 +201,7 @@ def contenders(model, batch, dim, losses=None):
         "Eigenbasis": projected(trak.Eigenbasis(dim), case.fitted),
         "Sparse": projected(trak.Sparse(dim)),
         "Rademacher": projected(
-            trak.Rademacher(dim), batch=tuple(torch.cat([part] * LARGE) for part in batch)
+            trak.Rademacher(dim), batch=tuple(torch.cat([part] * LARGER["Rademacher"]) for part in batch)
         ),
     }
 
@@ -227,7 +228,7 @@ def run_case(model, batch, losses, dim, rounds, clock, only=None):
         for name, function in others.items():
             base = measure(floor, clock)
             seconds.append(base)
-            least[name].append(measure(function, clock) / (LARGE if name == "Rademacher" else 1))
+            least[name].append(measure(function, clock) / LARGER.get(name, 1))
             ratios[name].append(least[name][-1] / base)
     return (
         statistics.median(seconds),

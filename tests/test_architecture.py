@@ -9,6 +9,8 @@ ROOT = Path(__file__).parents[1] / "src" / "trak"
 
 # What each room may import of trak. Rooms are packages or modules directly under src/trak.
 VOCABULARY = {"errors", "blocks", "batches", "files", "progress", "logs", "_version"}
+STAGES = {"tasks", "gradients", "projection", "store", "precondition", "scores"}
+WIRING = {"allocator", "setting", "projector", "pipeline"}
 ALLOWED = {
     "errors": set(),
     "logs": set(),
@@ -36,55 +38,11 @@ ALLOWED = {
     "transfer": set(),
     "setting": VOCABULARY | {"tasks", "gradients", "projection"},
     "projector": VOCABULARY | {"transfer", "setting", "tasks", "gradients", "projection"},
-    "pipeline": VOCABULARY
-    | {
-        "allocator",
-        "setting",
-        "projector",
-        "datasets",
-        "tasks",
-        "gradients",
-        "projection",
-        "store",
-        "precondition",
-        "scores",
-    },
+    "pipeline": VOCABULARY | STAGES | {"allocator", "setting", "projector", "datasets"},
     "results": VOCABULARY | {"datasets", "scores", "uncertainty", "report"},
-    "methods": VOCABULARY
-    | {
-        "datasets",
-        "memory",
-        "tasks",
-        "gradients",
-        "projection",
-        "store",
-        "precondition",
-        "scores",
-        "checkpoints",
-        "allocator",
-        "setting",
-        "projector",
-        "pipeline",
-        "results",
-    },
+    "methods": VOCABULARY | STAGES | WIRING | {"datasets", "memory", "checkpoints", "results"},
     "attribution": {"gradients", "methods", "precondition", "projection", "results", "tasks"},
-    "traker": VOCABULARY
-    | {
-        "datasets",
-        "tasks",
-        "gradients",
-        "projection",
-        "store",
-        "precondition",
-        "scores",
-        "checkpoints",
-        "allocator",
-        "setting",
-        "projector",
-        "pipeline",
-        "results",
-        "methods",
-    },
+    "traker": VOCABULARY | STAGES | WIRING | {"datasets", "checkpoints", "results", "methods"},
     # Around it: evaluation and report work on values.
     "evaluation": VOCABULARY | {"scores"},
     "report": VOCABULARY,

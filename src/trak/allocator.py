@@ -1,7 +1,8 @@
 """Freed memory: kept while batch follows batch, given back after.
 
 glibc returns the top of its heap to the system whenever more than some megabytes of it are free. A batch of gradients frees that much at
-its end, and the next one is handed the same pages anew, each of them cleared: up to a tenth of the time of small models on a processor.
+its end, and the next one is handed the same pages anew, each of them cleared: a tenth to a fifth of the time of
+small models on a processor (docs/performance.md).
 After a run, on the other hand, what is free should not stay with the process.
 """
 

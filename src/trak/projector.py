@@ -102,11 +102,12 @@ def projected(
     A device with a queue of its own is given the next batch before the results of the last are waited for, so that it has work while they
     are checked and stored and another batch is loaded.
     """
+    ahead = 1 if has_queue(projector.setting.device) else 0
     started: deque[tuple[Tensor, Callable[[], tuple[Tensor, Outputs]]]] = deque()
     for row_numbers, batch in numbered:
         where = f"{label}, rows {int(row_numbers[0])} to {int(row_numbers[-1])}"
         started.append((row_numbers, projector.start(prepare(projector.setting, batch), label=where)))
-        while len(started) > has_queue(projector.setting.device):
+        while len(started) > ahead:
             waiting, finish = started.popleft()
             yield waiting, finish()
     for waiting, finish in started:

@@ -15,7 +15,7 @@ from trak.tasks.margins import margin_as_written
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setitem(blocked.BLOCK_NUMBERS, "cpu", 20)
+    monkeypatch.setattr(blocked, "CPU_BLOCK", 20)
 
 
 def logits_and_labels(*shape, seed=0):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_NUMBERS = {"cpu": 2**18}
-"""Logits of a block: on a processor as many as stay in its cache."""
-OTHER_BLOCK_NUMBERS = 2**26
+CPU_BLOCK = 2**18
+"""Logits of a block on a processor: as many as stay in its cache."""
+DEVICE_BLOCK = 2**26
 """The same on other devices, where every block costs calls."""
 
 
@@ -70,7 +70,7 @@ class _Margin(torch.autograd.Function):
 
 def _blocks(logits_BC: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """All of them in blocks of the same rows."""
-    numbers = BLOCK_NUMBERS.get(logits_BC.device.type, OTHER_BLOCK_NUMBERS)
+    numbers = CPU_BLOCK if logits_BC.device.type == "cpu" else DEVICE_BLOCK
     rows = max(1, numbers // logits_BC.shape[1])
     return zip(*(tensor.split(rows) for tensor in (logits_BC, *others)))
 

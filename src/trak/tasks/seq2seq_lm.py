@@ -58,7 +58,10 @@ def _decoder_inputs(model: nn.Module, labels_BT: Tensor) -> Tensor:
 
 
 def _refuse_gaps(labels_BT: Tensor) -> None:
-    """Labels of −100 before others would be unknown to the decoder."""
+    """Labels of −100 before others would be unknown to the decoder.
+
+    They make no output NaN, so that they are looked for even where tasks do not look at values (see `looking`).
+    """
     is_token_BT = labels_BT != IGNORED
     gaps_BT = is_token_BT[:, 1:] & ~is_token_BT[:, :-1]
     try:
