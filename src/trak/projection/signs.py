@@ -4,7 +4,7 @@ Sign of (row, column): row = 128·block + 32·word + bit; the bit of that word f
 significant bit first, is 1 for +1 and 0 for −1.
 
 A byte thus holds eight consecutive rows of one column, and a matrix of signs is kept as bytes [K, W], column
-by column. That is what `kernels.cpu` looks up sums by, and a word is what a GPU thread unpacks along the inner
+by column. That is what `kernels.tables` looks up sums by, and a word is what a GPU thread unpacks along the inner
 dimension of a product.
 
 Legend: c blocks of 128 rows, n rows, K columns, W = 16·c bytes.

@@ -20,10 +20,11 @@ from torch import Tensor
 from trak.blocks import Block, DenseBlock, IndexBlock
 from trak.projection.base import Projection, ProjectionState, Shapes
 from trak.projection.checks import check_add, check_name, check_state_options, resolve_device
-from trak.projection.kernels.cpu import add_by_tables
+from trak.projection.kernels.digits import add_by_digits
 from trak.projection.kernels.dispatch import Kernel, choose_kernel
 from trak.projection.kernels.entries import Entries, Part
 from trak.projection.kernels.matmul import add_by_matmul
+from trak.projection.kernels.tables import add_by_tables
 from trak.projection.layout import Placement, pool
 from trak.projection.philox import BLOCK_ROWS, Key, derive_key
 from trak.projection.pieces import dense_pieces, is_large_table, table_pieces, upcast
@@ -167,7 +168,9 @@ class _Adder:
 
     def _tiled(self, parts: Iterator[Part]) -> None:
         scale = 1 / sqrt(self.target_BK.shape[1])
-        if self.kernel == "tables":
+        if self.kernel == "digits":
+            add_by_digits(self.target_BK, parts, scale)
+        elif self.kernel == "tables":
             add_by_tables(self.target_BK, parts, scale)
         else:
             add_by_matmul(self.target_BK, parts, self.entries, scale)

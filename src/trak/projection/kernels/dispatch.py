@@ -2,6 +2,7 @@
 
     device   sums      entries   columns    kernel
     cuda     float32   both      any        triton, where it can be imported
+    cpu      float32   signs     >= 512     digits, where the processor has AMX
     cpu      float32   signs     >= 1024    tables
     any      any       both      any        matmul
 
@@ -18,10 +19,10 @@ from typing import Literal
 import torch
 
 from trak.logs import logger
-from trak.projection.kernels.cpu import MIN_COLUMNS
+from trak.projection.kernels import digits, tables
 from trak.projection.kernels.entries import Entries
 
-Kernel = Literal["matmul", "tables", "triton"]
+Kernel = Literal["digits", "matmul", "tables", "triton"]
 
 
 def choose_kernel(device: torch.device, dtype: torch.dtype, entries: Entries, columns: int) -> Kernel:
@@ -30,8 +31,11 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, entries: Entries, co
         return "matmul"
     if device.type == "cuda" and has_triton():
         return "triton"
-    if device.type == "cpu" and entries is Entries.SIGNS and columns >= MIN_COLUMNS:
-        return "tables"
+    if device.type == "cpu" and entries is Entries.SIGNS:
+        if columns >= digits.MIN_COLUMNS and digits.multiplies_bytes():
+            return "digits"
+        if columns >= tables.MIN_COLUMNS:
+            return "tables"
     return "matmul"
 
 
