@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "trak"
 
 # What each room may import of trak. Rooms are packages or modules directly under src/trak.
-VOCABULARY = {"errors", "blocks", "batches", "files", "progress", "logs", "_version"}
+VOCABULARY = {"errors", "blocks", "batches", "files", "hardware", "progress", "logs", "_version"}
 STAGES = {"tasks", "gradients", "projection", "store", "precondition", "scores"}
 WIRING = {"allocator", "setting", "projector", "pipeline"}
 ALLOWED = {
@@ -16,6 +16,7 @@ ALLOWED = {
     "logs": set(),
     "files": set(),
     "memory": set(),
+    "hardware": set(),
     "_version": set(),
     "blocks": set(),
     "progress": set(),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from math import prod
 
 import torch
@@ -73,7 +74,7 @@ class OuterBlock(Block):
     """A sum over positions of outer products: G_b[g] = Σ_t left[b, g, t] ⊗ right[b, g, t].
 
     left: [B, G, T, R / G], right: [B, G, T, C]. Group g owns rows g·R/G to (g+1)·R/G. For a Linear (G = 1)
-    left is the gradient of the layer's outputs and right its inputs.
+    left is the gradient of the layer's outputs and right its inputs. Under autocast one of the two may be in half precision: see `upcast`.
     """
 
     left: Tensor
@@ -86,7 +87,8 @@ class OuterBlock(Block):
 
     def dense(self) -> Tensor:
         """Σ_t left ⊗ right, [B, *shape]."""
-        return (self.left.transpose(-1, -2) @ self.right).reshape(self.batch_size, *self.shape)
+        left, right = _alike(self.left, self.right)
+        return (left.transpose(-1, -2) @ right).reshape(self.batch_size, *self.shape)
 
     def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
         """Σ_t (rowsᵀ left_t) ⊗ (columnsᵀ right_t): the weight gradient is never formed. [B, A, D]."""
@@ -129,7 +131,7 @@ class ConvBlock(Block):
     """A convolution's weight gradient, kept as the layer's inputs and the gradient of its outputs.
 
     N = B·S images: S consecutive ones belong to one example (S = 1 nearly always), and their gradients are
-    summed.
+    summed. Under autocast inputs and gradients may be of two dtypes: see `upcast`.
 
     Attributes:
         inputs: [N, C_in, *spatial], with any padding that is not zeros already applied.
@@ -161,7 +163,9 @@ class ConvBlock(Block):
         """
         many_positions = prod(self.gradients.shape[2:]) > 2 * self.shape[0] // self.groups
         is_grouped = self.inputs.device.type == "cpu" and many_positions
-        by_image = self._by_grouped_convolution() if is_grouped else self.by_patches()
+        inputs, gradients = _alike(self.inputs, self.gradients)
+        alike = replace(self, inputs=inputs, gradients=gradients)
+        by_image = alike._by_grouped_convolution() if is_grouped else alike.by_patches()
         if len(by_image) == self.examples:
             return by_image  # A sum over one image each would write all of it once more.
         return by_image.reshape(self.examples, -1, *self.shape).sum(1)
@@ -220,6 +224,30 @@ class ConvBlock(Block):
             images * self.groups,
         )
         return flat.reshape(images, *self.shape)
+
+
+@cache
+def field_names(kind: type[Block]) -> tuple[str, ...]:
+    """What blocks of one kind consist of: asking a dataclass takes as long as projecting a short vector."""
+    return tuple(field.name for field in fields(kind))
+
+
+def upcast(block: Block, dtype: torch.dtype) -> Block:
+    """The block with all of its floating-point tensors in `dtype`."""
+    changed = {
+        name: tensor.to(dtype)
+        for name in field_names(type(block))
+        if isinstance(tensor := getattr(block, name), Tensor)
+        and tensor.dtype != dtype
+        and tensor.is_floating_point()
+    }
+    return replace(block, **changed) if changed else block  # type: ignore[arg-type]
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes."""
+    dtype = torch.promote_types(one.dtype, other.dtype)
+    return one.to(dtype), other.to(dtype)
 
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trak.blocks import DenseBlock, IndexBlock
 from trak.projection import Gaussian, Rademacher, pieces, tiles
 from trak.projection.kernels import digits, dispatch
-from trak.projection.kernels.digits import add_by_digits, multiplies_bytes
+from trak.projection.kernels.digits import add_by_digits
 from trak.projection.kernels.dispatch import choose_kernel, has_triton
 from trak.projection.kernels.entries import NORMALS, SIGNS, Part
 from trak.projection.kernels.matmul import add_by_matmul
@@ -163,6 +163,24 @@ def test_digits_of_several_groups(monkeypatch):
     torch.testing.assert_close(out_BK.double(), expected_BK, rtol=1e-5, atol=1e-2)
 
 
+def test_digits_of_gradients_in_bfloat16(monkeypatch):
+    """Two digits, far below the rounding that such gradients have; as they are handed on by `add`, and beside float32 ones."""
+    values_Bn = torch.randn(5, 3000).bfloat16()
+    blocks_c, expected_BK = reference(values_Bn.double(), 600, 0, SIGNS, 1.0)
+    kept = SIGNS.draw(KEY, blocks_c, 600, torch.float32)
+    mixed = [Part(values_Bn[:, :1000], 0, kept), Part(values_Bn[:, 1000:].float(), 1000, kept)]
+    for parts, limit in (([Part(values_Bn, 0, kept)], 1e-4), (mixed, 1e-6)):
+        out_BK = torch.zeros(5, 600)
+        add_by_digits(out_BK, iter(parts), 1.0)
+        assert float((out_BK - expected_BK).norm() / expected_BK.norm()) < limit
+    monkeypatch.setattr(tiles, "choose_kernel", lambda *args: "digits")
+    state = Rademacher(600).init({"w": (3000,)})
+    out_BK = state.zeros(5)
+    Rademacher(600).add(state, DenseBlock("w", (3000,), values_Bn), out_BK)
+    exact_BK = values_Bn.double() @ Rademacher(600).matrix(state, "w").double()
+    assert 1e-7 < float((out_BK - exact_BK).norm() / exact_BK.norm()) < 1e-4
+
+
 def test_digits_do_not_depend_on_the_batch():
     """Sums of whole numbers: the same bits for an example alone and among others."""
     values_Bn = torch.randn(70, 5000)
@@ -185,32 +203,20 @@ def test_digits_of_very_small_and_very_large_gradients(size):
     torch.testing.assert_close(out_BK.double(), expected_BK, rtol=2e-6, atol=3e-6 * size)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40))
-def test_digits_add_up_to_the_gradients(numbers):
+@given(numbers=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40))
+def test_digits_add_up_to_the_gradients(numbers, dtype):
     """The unit times (65536 d2 + 256 d1 + d0) is within half a unit (and a rounding) of every gradient."""
     values_Bn = torch.tensor([numbers])
-    digits_3Bn, unit_B = digits._cut([digits._Span(values_Bn, 0, torch.zeros(1, 5, dtype=torch.uint8))])
-    whole_Bn = (digits_3Bn.double() * torch.tensor([1.0, 256.0, 65536.0])[:, None, None]).sum(0)
+    values_Bn = values_Bn.to(dtype)
+    digits_DBn, unit_B = digits._cut([digits._Span(values_Bn, 0, torch.zeros(1, 5, dtype=torch.uint8))])
+    places = [1.0, 256.0, 65536.0][: len(digits_DBn)]
+    whole_Bn = (digits_DBn.double() * torch.tensor(places)[:, None, None]).sum(0)
     error_Bn = whole_Bn[:, : len(numbers)] * unit_B.double() - values_Bn.double()
+    assert len(places) == (2 if dtype == torch.bfloat16 else 3)
     assert (error_Bn.abs() <= 1.1 * unit_B.double()).all()
     assert not whole_Bn[:, len(numbers) :].any()
-
-
-def test_bytes_are_not_multiplied_without_instructions_for_it(monkeypatch):
-    """No AMX, a PyTorch that cannot tell, one without the product and one whose product is wrong."""
-    plain = multiplies_bytes.__wrapped__
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    assert not plain()
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_int8": True}, raising=False)
-    assert plain()
-    monkeypatch.setattr(torch, "_int_mm", lambda left, right: (left.float() @ right.float()).char())
-    assert not plain()
-    monkeypatch.delattr(torch, "_int_mm")
-    assert not plain()
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not plain()
 
 
 def test_batches_agree():
@@ -243,10 +249,10 @@ def test_sums_are_in_float32_whatever_the_default(dtype, kernel):
 def test_dispatch(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
-    monkeypatch.setattr(digits, "multiplies_bytes", lambda: True)
+    monkeypatch.setattr(dispatch, "multiplies_bytes", lambda: True)
     assert choose_kernel(cpu, torch.float32, SIGNS, 512) == "digits"
     assert choose_kernel(cpu, torch.float32, SIGNS, 511) == "matmul"
-    monkeypatch.setattr(digits, "multiplies_bytes", lambda: False)
+    monkeypatch.setattr(dispatch, "multiplies_bytes", lambda: False)
     assert choose_kernel(cpu, torch.float32, SIGNS, 2048) == "tables"
     assert choose_kernel(cpu, torch.float32, SIGNS, 100) == "matmul"
     assert choose_kernel(cpu, torch.float32, NORMALS, 2048) == "matmul"

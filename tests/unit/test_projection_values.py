@@ -179,7 +179,7 @@ def test_pieces_for_the_cache_cover_every_gradient_once(cached_entries, monkeypa
     images = ConvBlock("w", (6, 2, 3), torch.randn(10, 2, 7), torch.randn(10, 6, 5), (1,), (0,), (1,), 1, 5)
     for block in (grouped, plain, images, DenseBlock("w", shape, torch.randn(5, *shape))):
         found, times = torch.zeros(5, math.prod(block.shape)), torch.zeros(5, math.prod(block.shape))
-        for examples, first, values_bn in pieces.cached_pieces(block):
+        for examples, first, values_bn in pieces.cached_pieces(block, torch.float32):
             found[examples, first : first + values_bn.shape[1]] += values_bn
             times[examples, first : first + values_bn.shape[1]] += 1
         assert (times == 1).all()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trak.batches import batch_size, take
-from trak.blocks import Block
+from trak.blocks import Block, upcast
 from trak.errors import GradientError, InputError, MixedExamplesError, NonFiniteError, TrakError
 from trak.gradients.base import BlamedError, Gradients, Outputs, forward, random_state_kept
 from trak.gradients.reference import Reference, batch_gradient
@@ -197,8 +197,10 @@ def _compare(
     size = batch_size(batch)
 
     def consume(block: Block) -> None:
-        values = block.dense()
-        if block.name not in total or values.shape != (size, *total[block.name].shape):
+        # Under autocast factors may be in half precision, which is not what is compared here.
+        own = total.get(block.name)
+        values = (block if own is None else upcast(block, own.dtype)).dense()
+        if own is None or values.shape != (size, *total[block.name].shape):
             raise GradientError(
                 f"{source} gave a block {block.name!r} of shape {list(values.shape)}; expected one of the "
                 f"{len(total)} attributed parameters with {size} examples"

@@ -200,16 +200,14 @@ class Owners:
                 tuple(call.names.values()),
             )
         by_example = SortedRows.by(owner_n, self.size)
-        dtype = getattr(call.module, next(iter(call.names))).dtype
-        inputs = by_example(inputs)
         return LayerCall(
             call.module,
-            inputs.to(dtype) if inputs.is_floating_point() else inputs,
-            by_example(gradient).to(dtype),
+            by_example(inputs),
+            by_example(gradient),
             call.names,
             self.size,
             tuple(by_example(other) for other in call.others),
-        )
+        ).raised()
 
 
 def digits_of(plain: Tensor, scaled: Tensor, base: int) -> tuple[Tensor, Tensor]:

@@ -177,10 +177,10 @@ class Watch:
                     "in-place operations (x += y, inplace=True) on it",
                     tuple(layer.names.values()),
                 )
-            dtype = getattr(layer.module, next(iter(layer.names))).dtype
+            call = LayerCall(layer.module, inputs, gradient, layer.names, self.size, others)
             # Under autocast a layer may be given another dtype than that of its parameters.
-            rows = inputs.to(dtype) if inputs.is_floating_point() else inputs
-            call = LayerCall(layer.module, rows, gradient.to(dtype), layer.names, self.size, others)
+            if not layer.rule.multiplies_as_given:
+                call = call.raised()
             for block in layer.rule.blocks(call):
                 self.consume(block)
 

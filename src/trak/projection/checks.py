@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trak.blocks import Block, DenseBlock, IndexBlock, OuterBlock
+from trak.blocks import Block, DenseBlock, IndexBlock, OuterBlock, field_names
 from trak.errors import ProjectionError
 from trak.projection.base import Projection, ProjectionState, Shapes
-from trak.projection.pieces import field_names
 
 
 def check_integer(what: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> None:

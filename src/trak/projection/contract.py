@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trak.blocks import Block, ConvBlock, DenseBlock, IndexBlock, OuterBlock
+from trak.projection.pieces import factors_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,12 @@ class Factor:
         """A factor with its transpose beside it."""
         return cls(plain, None if is_identity else plain.T.contiguous())
 
+    def to(self, dtype: torch.dtype) -> Factor:
+        """The factor in another dtype."""
+        if self.plain.dtype == dtype:
+            return self
+        return Factor(self.plain.to(dtype), None if self.turned is None else self.turned.to(dtype))
+
     @property
     def width(self) -> int:
         """Number of columns w."""
@@ -42,7 +49,12 @@ class Factor:
 
 
 def contract(block: Block, rows: Factor, columns: Factor) -> Tensor:
-    """rowsᵀ G columns for each example, [B, a, b]: equal to `block.contract(rows.plain, columns.plain)` up to rounding."""
+    """rowsᵀ G columns for each example, [B, a, b]: equal to `block.contract(rows.plain, columns.plain)` up to rounding.
+
+    Computed in the dtype of the block's factors: signs and identities are exact in any.
+    """
+    if factors := factors_of(block):
+        rows, columns = rows.to(factors[0].dtype), columns.to(factors[0].dtype)
     if isinstance(block, OuterBlock) and block.left.shape[1] == 1:
         return _contract_outer(block, rows, columns)
     if isinstance(block, IndexBlock):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.blocks import Block
+from trak.blocks import Block, upcast
 from trak.errors import ProjectionError
 from trak.projection.base import Columns, ProjectionState, Shapes
 from trak.projection.checks import (
@@ -29,7 +29,6 @@ from trak.projection.factors import Factors, matrix_shape
 from trak.projection.fitted import FittedProjection, require_factors
 from trak.projection.layout import check_shapes
 from trak.projection.leading import largest
-from trak.projection.pieces import upcast
 
 CANDIDATES = 4
 """Times K: entries whose mean squares are measured. The largest products of K-FAC miss two in a thousand that count (design/whitening.md)."""

@@ -14,7 +14,7 @@ from trak.blocks import Block
 from trak.projection.base import Columns, Projection, ProjectionState, Shapes
 from trak.projection.checks import check_add, check_name, check_state_options, require_state, resolve_device
 from trak.projection.layout import Placement, separate
-from trak.projection.pieces import dense_pieces, upcast
+from trak.projection.pieces import as_multiplied, dense_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Identity(Projection):
         state = require_state(self, state, IdentityState)
         check_add(state, block, out_BK)
         start = state.placements[block.name].start
-        for first, values_Bn in dense_pieces(upcast(block, state.dtype)):
+        for first, values_Bn in dense_pieces(as_multiplied(block, state.dtype), state.dtype):
             out_BK[:, start + first : start + first + values_Bn.shape[1]] += values_Bn
 
     def matrix(self, state: ProjectionState, name: str) -> Tensor:

@@ -26,7 +26,7 @@ from trak.projection.checks import (
 from trak.projection.contract import Factor, contract
 from trak.projection.layout import Placement, separate
 from trak.projection.philox import BLOCK_ROWS, Key, derive_key
-from trak.projection.pieces import dense_pieces, upcast
+from trak.projection.pieces import as_multiplied, dense_pieces
 from trak.projection.signs import draw_packed_signs, unpack_signs
 
 
@@ -117,7 +117,7 @@ class Sketch:
         if self.vector_Rk is not None and isinstance(block, DenseBlock):
             out_Bk.addmm_(block.values.flatten(1), self.vector_Rk)
             return
-        numbers_Bn = contract(block, self.rows, self.columns).flatten(1)
+        numbers_Bn = contract(block, self.rows, self.columns).flatten(1).to(out_BK.dtype)
         kept_Bk = (
             numbers_Bn[:, : len(self.scale_k)]
             if self.kept_k is None
@@ -212,10 +212,10 @@ class Kronecker(Projection):
         """Add scale · (the kept numbers of AᵀGB) of one block of one batch to `out`."""
         state = require_state(self, state, KroneckerState)
         check_add(state, block, out_BK)
-        block = upcast(block, state.dtype)
+        block = as_multiplied(block, state.dtype)
         place = state.placements[block.name]
         if place.exact:
-            for first, values_Bn in dense_pieces(block):
+            for first, values_Bn in dense_pieces(block, state.dtype):
                 start = place.start + first
                 out_BK[:, start : start + values_Bn.shape[1]] += values_Bn
             return

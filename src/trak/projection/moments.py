@@ -28,13 +28,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from trak.blocks import Block, IndexBlock, OuterBlock
+from trak.blocks import Block, IndexBlock, OuterBlock, upcast
 from trak.errors import ProjectionError
 from trak.projection.base import Shapes
 from trak.projection.entries import Entries
 from trak.projection.factors import FactorOptions, Factors, matrix_shape, with_floor
 from trak.projection.leading import largest
-from trak.projection.pieces import upcast
 from trak.projection.turning import (
     Side,
     example_pieces,

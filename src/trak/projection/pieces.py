@@ -6,13 +6,13 @@ Legend: B examples, R rows and C columns of the parameter as a matrix, n flatten
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
-from functools import cache
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from trak.blocks import Block, ConvBlock, IndexBlock, OuterBlock
+from trak.blocks import Block, ConvBlock, IndexBlock, OuterBlock, upcast
+from trak.hardware import multiplies_bfloat16
 
 PIECE_ENTRIES = 1 << 24
 """Most gradient entries in one piece, all examples together (64 MiB in float32)."""
@@ -24,22 +24,29 @@ SMALL_TABLE = 1 << 18
 """An embedding of at most this many entries is made dense: cheaper than looking up its rows."""
 
 
-@cache
-def field_names(kind: type[Block]) -> tuple[str, ...]:
-    """What blocks of one kind consist of: asking a dataclass takes as long as projecting a short vector."""
-    return tuple(field.name for field in fields(kind))
+def as_multiplied(block: Block, dtype: torch.dtype) -> Block:
+    """The block as its factors are to be multiplied for sums in `dtype`.
+
+    Factors in bfloat16, of which one is enough (under autocast a layer may be given float32, and rounds it), stay so where that is
+    faster: they are multiplied as the model multiplies them, sums over positions in float32, and the products are rounded to bfloat16, as
+    the weight gradients of training are. All else is raised first, float16 because products may overflow.
+    """
+    factors = factors_of(block)
+    if (
+        factors
+        and dtype == torch.float32
+        and torch.bfloat16 in {factor.dtype for factor in factors}
+        and multiplies_bfloat16(factors[0].device)
+    ):
+        return upcast(block, torch.bfloat16)
+    return upcast(block, dtype)
 
 
-def upcast(block: Block, dtype: torch.dtype) -> Block:
-    """The block with its floating-point tensors in `dtype`: sums over positions are not in half precision."""
-    changed = {
-        name: tensor.to(dtype)
-        for name in field_names(type(block))
-        if isinstance(tensor := getattr(block, name), Tensor)
-        and tensor.dtype != dtype
-        and tensor.is_floating_point()
-    }
-    return replace(block, **changed) if changed else block  # type: ignore[arg-type]
+def factors_of(block: Block) -> tuple[Tensor, ...]:
+    """The two tensors whose products a block stands for, if it does."""
+    if isinstance(block, OuterBlock):
+        return block.left, block.right
+    return (block.inputs, block.gradients) if isinstance(block, ConvBlock) else ()
 
 
 def is_large_table(block: Block) -> bool:
@@ -48,8 +55,13 @@ def is_large_table(block: Block) -> bool:
     return isinstance(block, IndexBlock) and rows * columns > SMALL_TABLE
 
 
-def dense_pieces(block: Block) -> Iterator[tuple[int, Tensor]]:
-    """(first flattened entry, gradients [B, n]) of consecutive entries, in order, covering the parameter."""
+def dense_pieces(block: Block, dtype: torch.dtype | None = None) -> Iterator[tuple[int, Tensor]]:
+    """(first flattened entry, gradients [B, n], in `dtype` if given) of consecutive entries, in order, covering the parameter."""
+    for first, values_Bn in _dense_pieces(block):
+        yield first, values_Bn if dtype is None else values_Bn.to(dtype)
+
+
+def _dense_pieces(block: Block) -> Iterator[tuple[int, Tensor]]:
     batch_size = block.batch_size
     rows, columns = block.matrix_shape
     if not isinstance(block, OuterBlock) or batch_size * rows * columns <= PIECE_ENTRIES:
@@ -65,12 +77,17 @@ def dense_pieces(block: Block) -> Iterator[tuple[int, Tensor]]:
             yield (group * group_rows + first) * columns, values_BrC.reshape(batch_size, -1)
 
 
-def cached_pieces(block: Block) -> Iterator[tuple[slice, int, Tensor]]:
-    """(examples, first flattened entry, gradients [b, n]): of every example consecutive entries, in order, covering the parameter.
+def cached_pieces(block: Block, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
+    """(examples, first flattened entry, gradients [b, n] in `dtype`): of every example consecutive entries, in order, covering the parameter.
 
     Gradients of a large parameter for a batch are too many for the cache: written to memory, in pages fresh from the system, and
     read back they cost several times what is done with them. Here a piece is overwritten by the next.
     """
+    for examples, first, values_bn in _cached_pieces(block):
+        yield examples, first, values_bn.to(dtype)
+
+
+def _cached_pieces(block: Block) -> Iterator[tuple[slice, int, Tensor]]:
     batch_size = block.batch_size
     rows, columns = block.matrix_shape
     whole = slice(0, batch_size)

@@ -29,11 +29,11 @@ from trak.projection.layout import Placement, pool
 from trak.projection.philox import Key, derive_key, draw_words
 from trak.projection.pieces import (
     PIECE_ENTRIES,
+    as_multiplied,
     cached_pieces,
     dense_pieces,
     is_large_table,
     table_pieces,
-    upcast,
 )
 from trak.projection.tiles import TileCache
 
@@ -177,10 +177,10 @@ class Sparse(Projection):
         """Add Pᵀ g of one block of one batch to `out`."""
         state = require_state(self, state, SparseState)
         check_add(state, block, out_BK)
-        block = upcast(block, state.dtype)
+        block = as_multiplied(block, state.dtype)
         place = state.placements[block.name]
         if place.exact:
-            for first, values_Bn in dense_pieces(block):
+            for first, values_Bn in dense_pieces(block, state.dtype):
                 start = place.start + first
                 out_BK[:, start : start + values_Bn.shape[1]] += values_Bn
             return
@@ -189,7 +189,7 @@ class Sparse(Projection):
         elif is_large_table(block) and isinstance(block, IndexBlock):
             _add_sorted_table(state, block, out_BK)
         else:
-            for first, values_Bn in dense_pieces(block):
+            for first, values_Bn in dense_pieces(block, state.dtype):
                 _add_sorted_range(state, block.name, first, values_Bn, out_BK)
 
     def matrix(self, state: ProjectionState, name: str) -> Tensor:
@@ -283,7 +283,7 @@ def _add_scattered(state: SparseState, block: Block, out_BK: Tensor) -> None:
     if by_rows and isinstance(block, IndexBlock):
         _scatter_table(state, block, sums_BJ)
     else:
-        for examples, first, values_bn in cached_pieces(block):
+        for examples, first, values_bn in cached_pieces(block, state.dtype):
             _scatter_range(state, block.name, first, values_bn, sums_BJ[examples])
     target_BK.add_(sums_BJ[:, : place.width], alpha=1 / sqrt(nonzeros))
     target_BK.sub_(sums_BJ[:, place.width :], alpha=1 / sqrt(nonzeros))
@@ -292,7 +292,7 @@ def _add_scattered(state: SparseState, block: Block, out_BK: Tensor) -> None:
 def _add_small(state: SparseState, block: Block, target_BK: Tensor) -> None:
     """A small parameter: to clear and to subtract twice the columns would cost more than to multiply by signs."""
     start = state.placements[block.name].start
-    values_Bn = block.dense().reshape(block.batch_size, prod(block.shape))
+    values_Bn = block.dense().reshape(block.batch_size, prod(block.shape)).to(state.dtype)
 
     def draw() -> tuple[Tensor, Tensor]:
         columns_sn, signs_sn = state.draw(block.name, torch.arange(values_Bn.shape[1], device=state.device))

@@ -27,7 +27,7 @@ from trak.projection.kernels.matmul import add_by_matmul
 from trak.projection.kernels.tables import add_by_tables
 from trak.projection.layout import Placement, pool
 from trak.projection.philox import BLOCK_ROWS, Key, derive_key
-from trak.projection.pieces import dense_pieces, is_large_table, table_pieces, upcast
+from trak.projection.pieces import as_multiplied, dense_pieces, is_large_table, table_pieces
 
 TILE_ENTRIES = 1 << 20
 """Entries of one tile (4 MiB unpacked in float32: in cache while it is multiplied)."""
@@ -110,12 +110,13 @@ def add_dense(state: DenseState, entries: Entries, block: Block, out_BK: Tensor)
     check_add(state, block, out_BK)
     place = state.placements[block.name]
     kernel = choose_kernel(state.device, state.dtype, entries, place.width)
-    # The Triton kernel reads half precision as it is; factors of outer products are raised before they are summed.
-    if place.exact or kernel != "triton" or not isinstance(block, DenseBlock):
-        block = upcast(block, state.dtype)
+    # These kernels read half precision as it is.
+    dtype = None if kernel in ("triton", "digits") and not place.exact else state.dtype
+    if dtype is not None or not isinstance(block, DenseBlock):
+        block = as_multiplied(block, state.dtype)
     target_BK = out_BK[:, place.start : place.stop]
     if place.exact:
-        for first, values_Bn in dense_pieces(block):
+        for first, values_Bn in dense_pieces(block, dtype):
             target_BK[:, first : first + values_Bn.shape[1]] += values_Bn
         return
     add = _Adder(state, entries, block.name, target_BK, kernel)
@@ -123,7 +124,7 @@ def add_dense(state: DenseState, entries: Entries, block: Block, out_BK: Tensor)
         for rows_u, values_BuC in table_pieces(block):
             add.blocks(*_whole_blocks(rows_u, values_BuC))
         return
-    for first, values_Bn in dense_pieces(block):
+    for first, values_Bn in dense_pieces(block, dtype):
         add.range(first, values_Bn)
 
 

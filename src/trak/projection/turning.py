@@ -15,10 +15,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from trak.blocks import Block, ConvBlock, DenseBlock, IndexBlock, OuterBlock
+from trak.blocks import Block, ConvBlock, DenseBlock, IndexBlock, OuterBlock, upcast
 from trak.projection.contract import Factor, contract
 from trak.projection.factors import Factors
-from trak.projection.pieces import PIECE_ENTRIES, upcast
+from trak.projection.pieces import PIECE_ENTRIES
 
 PICK_COST = 20
 """Multiplications of a batched matrix product in the time of one between two numbers that are looked up: 11 to 27 on a CPU in float32, for 4 to 512

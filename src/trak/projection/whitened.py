@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak.blocks import Block, DenseBlock, IndexBlock
+from trak.blocks import Block, DenseBlock, IndexBlock, upcast
 from trak.errors import ProjectionError
 from trak.projection.base import Columns, Projection, ProjectionState, Shapes
 from trak.projection.checks import check_add, check_name, check_state_options, require_state, resolve_device
 from trak.projection.entries import Leading
 from trak.projection.factors import Factors, factors_from_tensors, factors_to_tensors, matrix_shape
 from trak.projection.fitted import FittedProjection, require_factors
-from trak.projection.pieces import upcast
 from trak.projection.turning import Side, example_pieces, full_sides, turn
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trak.batches import batch_size
-from trak.blocks import Block
+from trak.blocks import Block, upcast
 from trak.gradients import Gradients, Outputs, Reference, model_state, select_parameters
 from trak.testing.cases import CASES, Case
 from trak.testing.models import Readout
@@ -45,7 +45,7 @@ def collect(
             raise AssertionError(
                 f"block {block.name!r} says {block.shape}, its parameter has {shapes[block.name]}"
             )
-        found[block.name] += block.dense()
+        found[block.name] += upcast(block, found[block.name].dtype).dense()
 
     outputs = gradients.compute(model, state, task or Readout(), batch, list(shapes), consume)
     return outputs, found

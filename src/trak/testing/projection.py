@@ -26,6 +26,7 @@ from torch import Tensor
 
 from trak.blocks import Block, ConvBlock, DenseBlock, IndexBlock, OuterBlock
 from trak.errors import ProjectionError
+from trak.hardware import multiplies_bfloat16
 from trak.projection import Projection
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -163,13 +164,17 @@ def check_unbiased(projection: Projection, draws: int = 100) -> None:
 
 
 def check_half_precision(projection: Projection) -> None:
-    """Half-precision gradients are raised before anything is summed."""
+    """Half-precision gradients are raised before anything is summed; but products in bfloat16 are rounded once or twice where those are fast."""
     for dtype in (torch.bfloat16, torch.float16):
+        rounded = dtype == torch.bfloat16 and multiplies_bfloat16(torch.device("cpu"))
         blocks = example_blocks(dtype=dtype)
         exact = flat_gradients([_in_float64(block) for block in blocks]) @ full_matrix(projection)
         got = project(projection, blocks, dtype=torch.float32)
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
+        if rounded:
+            assert float((got - exact).norm() / exact.norm()) < 2**-7
+        else:
+            torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def check_configuration(projection: Projection) -> None:

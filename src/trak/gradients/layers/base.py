@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trak.blocks import Block, DenseBlock
@@ -23,7 +24,7 @@ class LayerCall:
     Attributes:
         module: the layer, with the checkpoint's tensors in it.
         inputs: its first argument, [N, ...], detached.
-        gradient: gradient of its output, [N, ...], in the parameters' dtype.
+        gradient: gradient of its output, [N, ...]. Both are in the parameters' dtype, but where the rule multiplies them as they come.
         names: attributed parameters of this module, local name to canonical name.
         batch_size: B, which divides N; rows of one example are consecutive.
         others: its further arguments that are tensors, such as the expert [N] of each row.
@@ -36,11 +37,26 @@ class LayerCall:
     batch_size: int
     others: tuple[Tensor, ...] = ()
 
+    def raised(self) -> LayerCall:
+        """The call with inputs and gradient in the parameters' dtype."""
+        dtype = self.dtype
+        inputs = self.inputs.to(dtype) if self.inputs.is_floating_point() else self.inputs
+        gradient = self.gradient.to(dtype)
+        if inputs is self.inputs and gradient is self.gradient:
+            return self
+        return replace(self, inputs=inputs, gradient=gradient)
+
     def event_rows(self, event_ndim: int) -> LayerCall:
         """The call with a leading dimension, which a lone event of a batch of one may lack."""
         if self.inputs.ndim > event_ndim:
             return self
         return replace(self, inputs=self.inputs.unsqueeze(0), gradient=self.gradient.unsqueeze(0))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the attributed parameters: what is summed over positions is summed in it."""
+        dtype: torch.dtype = getattr(self.module, next(iter(self.names))).dtype
+        return dtype
 
     def dense(self, local: str, values: Tensor) -> Iterator[Block]:
         """A dense block of `values` [B, ...], if this parameter is attributed."""
@@ -53,9 +69,13 @@ class LayerRule(ABC):
 
     `positions_are_rows`: whether all dimensions before the event are alike, as in y[..., :] = W x[..., :], so that
     positions may be taken for rows. If not, the first one alone counts rows.
+
+    `multiplies_as_given`: whether inputs and gradients in the dtypes that they have under autocast will do. If not, they are raised to the
+    parameters' dtype first.
     """
 
     positions_are_rows = False
+    multiplies_as_given = False
 
     @abstractmethod
     def covers(self, module: nn.Module) -> frozenset[str]:

@@ -20,6 +20,8 @@ _SAME = "timm.layers.conv2d_same.Conv2dSame.forward"
 class ConvRule(LayerRule):
     """`torch.nn.Conv1d`, `Conv2d`, `Conv3d` with any stride, padding, dilation and groups, and timm's `Conv2dSame`."""
 
+    multiplies_as_given = True
+
     def covers(self, module: nn.Module) -> frozenset[str]:
         """Weight and bias."""
         plain = is_plain(module, nn.Conv1d, nn.Conv2d, nn.Conv3d, methods=("forward", "_conv_forward"))
@@ -48,7 +50,7 @@ class ConvRule(LayerRule):
                 examples=call.batch_size,
             )
         if "bias" in call.names:
-            per_image_NO = images.gradient.flatten(2).sum(2)
+            per_image_NO = images.gradient.flatten(2).sum(2, dtype=call.dtype)
             yield from call.dense(
                 "bias", per_image_NO.reshape(call.batch_size, -1, per_image_NO.shape[1]).sum(1)
             )

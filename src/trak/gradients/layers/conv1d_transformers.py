@@ -22,6 +22,7 @@ class TransformersConv1DRule(LayerRule):
     """
 
     positions_are_rows = True
+    multiplies_as_given = True
 
     def covers(self, module: nn.Module) -> frozenset[str]:
         """Weight and bias."""
@@ -45,4 +46,4 @@ class TransformersConv1DRule(LayerRule):
             shape = (inputs_BTI.shape[-1], gradient_BTO.shape[-1])
             yield OuterBlock(call.names["weight"], shape, inputs_BTI.unsqueeze(1), gradient_BTO.unsqueeze(1))
         if "bias" in call.names:
-            yield from call.dense("bias", gradient_BTO.sum(1))
+            yield from call.dense("bias", gradient_BTO.sum(1, dtype=call.dtype))

@@ -17,6 +17,7 @@ class LinearRule(LayerRule):
     """`torch.nn.Linear`: ∇W_b = Σ_t ∇y_bt ⊗ x_bt, ∇b_b = Σ_t ∇y_bt."""
 
     positions_are_rows = True
+    multiplies_as_given = True
 
     def covers(self, module: nn.Module) -> frozenset[str]:
         """Weight and bias; timm's subclass computes the same."""
@@ -35,4 +36,4 @@ class LinearRule(LayerRule):
             shape = (gradient_BTO.shape[-1], inputs_BTI.shape[-1])
             yield OuterBlock(call.names["weight"], shape, gradient_BTO.unsqueeze(1), inputs_BTI.unsqueeze(1))
         if "bias" in call.names:
-            yield from call.dense("bias", gradient_BTO.sum(1))
+            yield from call.dense("bias", gradient_BTO.sum(1, dtype=call.dtype))

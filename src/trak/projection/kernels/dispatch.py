@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from trak.hardware import multiplies_bytes
 from trak.logs import logger
 from trak.projection.kernels import digits, tables
 from trak.projection.kernels.entries import Entries
@@ -32,7 +33,7 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, entries: Entries, co
     if device.type == "cuda" and has_triton():
         return "triton"
     if device.type == "cpu" and entries is Entries.SIGNS:
-        if columns >= digits.MIN_COLUMNS and digits.multiplies_bytes():
+        if columns >= digits.MIN_COLUMNS and multiplies_bytes():
             return "digits"
         if columns >= tables.MIN_COLUMNS:
             return "tables"
