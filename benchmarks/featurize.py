@@ -1,6 +1,6 @@
 """Featurizing against one plain forward and backward pass over the same batch: ratios, measured side by side.
 
-    python benchmarks/featurize.py [--dim 2048] [--rounds 5] [--threads 1] [--cases resnet,bert-128] [--out benchmarks/results/featurize.json]
+    python benchmarks/featurize.py [--dim 2048] [--rounds 5] [--threads 1] [--cases resnet,bert-128] [--autocast bfloat16]
 
 Every round measures all contenders in turn, so that drift of the machine falls on all alike; medians of ratios are reported. The floor is
 the plain pass: 1.0 means that attribution costs as much as training for one epoch. Rademacher has a larger batch, and counts for each
@@ -122,6 +122,18 @@ MODELS = {
 """Name to what makes (model, batch, losses). Transformers are named by their width, the peers' cases by their tokens."""
 
 
+class UnderAutocast(nn.Module):
+    """A model under autocast; logits in float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, inputs):
+        with torch.autocast("cpu", dtype=self.dtype):
+            return self.model(inputs).float()
+
+
 def plain_pass(model, batch, losses=lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")):
     losses(model(batch[0]), batch[1]).mean().backward()
     model.zero_grad(set_to_none=True)
@@ -212,14 +224,22 @@ def measure(function, clock) -> float:
     return clock() - start
 
 
-def run_case(model, batch, losses, dim, rounds, clock, only=None):
-    """(median seconds of the plain pass, median ratios, least seconds of each), for as many examples as the batch has."""
-    floor = lambda: plain_pass(model, batch, losses)  # noqa: E731
+def run_case(model, batch, losses, dim, rounds, clock, only=None, autocast=None):
+    """(median seconds of the plain pass, median ratios, least seconds of each), for as many examples as the batch has.
+
+    With `autocast`, a dtype, all of it is in that, the plain pass too, and that in float32 is a contender.
+    """
+    in_float32 = lambda: plain_pass(model, batch, losses)  # noqa: E731
+    run = model if autocast is None else UnderAutocast(model, autocast)
+    floor = lambda: plain_pass(run, batch, losses)  # noqa: E731
     others = {
         name: make()
-        for name, make in contenders(model, batch, dim, losses).items()
-        if only is None or name in only
+        for name, make in contenders(run, batch, dim, losses).items()
+        # Under vmap norms refuse half precision.
+        if (only is None or name in only) and (autocast is None or name != "functional")
     }
+    if autocast is not None:
+        others["float32"] = in_float32
     for function in (floor, *others.values()):
         function()
     ratios, least = {name: [] for name in others}, {name: [] for name in others}
@@ -250,8 +270,15 @@ def main() -> None:
         default=None,
         help="factors, gradients, functional, Kronecker, Eigenbasis, Sparse, Rademacher",
     )
-    parser.add_argument("--out", type=Path, default=RESULTS / "featurize.json")
+    parser.add_argument(
+        "--autocast", choices=["bfloat16"], help="all of it under autocast, the plain pass too"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="benchmarks/results/featurize.json, or featurize-bfloat16.json"
+    )
     options = parser.parse_args()
+    autocast = options.autocast and getattr(torch, options.autocast)
+    out = options.out or RESULTS / f"featurize{f'-{options.autocast}' if autocast else ''}.json"
     torch.set_num_threads(options.threads)
     clock = clock_for(options.threads)
     only = options.contenders and options.contenders.split(",")
@@ -259,7 +286,9 @@ def main() -> None:
     def run(name: str, known: dict) -> dict:
         model, batch, losses = MODELS[name]()
         parameters = sum(p.numel() for p in model.parameters())
-        seconds, ratios, least = run_case(model, batch, losses, options.dim, options.rounds, clock, only)
+        seconds, ratios, least = run_case(
+            model, batch, losses, options.dim, options.rounds, clock, only, autocast
+        )
         per_example = 1000 * seconds / len(batch[1])
         print(f"\n{name}: {parameters:,} parameters, plain pass {per_example:.2f} ms per example")
         for contender, ratio in ratios.items():
@@ -274,8 +303,8 @@ def main() -> None:
             "rounds": options.rounds,
         }
 
-    facts = {"clock": clock.__name__, "dim": options.dim}
-    record_cases(options.out, options.cases.split(","), MODELS, run, options.threads, **facts)
+    facts = {"clock": clock.__name__, "dim": options.dim, "autocast": options.autocast}
+    record_cases(out, options.cases.split(","), MODELS, run, options.threads, **facts)
 
 
 if __name__ == "__main__":

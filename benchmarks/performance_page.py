@@ -60,10 +60,15 @@ def number(value: float, digits: int = 3) -> str:
 
 def featurize(record: dict) -> str:
     rows = []
+    columns = (
+        ["float32", *(name for name in COLUMNS if name != "functional")]
+        if record.get("autocast")
+        else COLUMNS
+    )
     for name, case in record["results"].items():
         ratios = case["ratios"]
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             if column not in ratios:
                 cells.append("")
                 continue
@@ -73,7 +78,7 @@ def featurize(record: dict) -> str:
             cells.append(f"{ratios[column]:.2f}{' ✗' if missed else ''}")
         plain = 1000 * case["plain_pass_seconds"] / case["batch_size"]
         rows.append([name, f"{case['parameters']:,}", f"{case['batch_size']}", f"{plain:.1f}", *cells])
-    head = ["model", "parameters", "batch", "plain pass, ms an example", *COLUMNS]
+    head = ["model", "parameters", "batch", "plain pass, ms an example", *columns]
     rounds = sorted({case["rounds"] for case in record["results"].values()})
     dates = sorted({case["date"] for case in record["results"].values()})
     return (
@@ -333,6 +338,8 @@ def exact_lds(record: dict) -> dict:
 
 SECTIONS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "featurize": ("performance", "featurize", featurize),
+    "featurize-epyc": ("performance", "featurize-epyc", featurize),
+    "featurize-bfloat16": ("performance", "featurize-bfloat16", featurize),
     "paths": ("performance", "paths", paths),
     "score": ("performance", "score", score),
     "growth": ("performance", "growth", growth),

@@ -28,9 +28,16 @@ def conditions(threads: int) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "torch": torch.__version__,
         "trak": trak.__version__,
-        "machine": platform.processor() or platform.machine(),
+        "machine": processor(),
         "threads": threads,
     }
+
+
+def processor() -> str:
+    """What kind it is, and whether it has AMX, on which products in few bits depend."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} with AMX" if capabilities.get("amx_tile") else name
 
 
 def read_record(path: Path) -> dict[str, Any]:

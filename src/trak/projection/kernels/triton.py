@@ -11,24 +11,31 @@ they are. Float32 gradients are cut into three bfloat16 terms of eight bits, x =
 to 2^-11 in each term of the sum), is never used alone. Normal numbers are multiplied as "tf32x3": both sides split,
 a relative error of about 2^-21 in each term. On AMD: in plain float32.
 
-Determinism. The rows are cut into ranges by their number alone. Each range is summed in order by one program and
+Determinism. The rows are cut into ranges by their number and K alone. Each range is summed in order by one program and
 stored apart, and a second pass adds the ranges in a fixed order. No atomics: the bits are the same from run to run,
 and for any number of multiprocessors.
 
 Roofline, from the data sheet of an H100 SXM (990 Tflop/s dense bfloat16, 3.35 TB/s, about 14·10^12 32-bit integer
 operations per second in 132 × 64 lanes), per row and column of the matrix; nothing here was timed:
 
-    memory      4·B / K bytes of float32 gradients (the matrix costs nothing): 0.02 ps at B = 64, K = 4096. Programs of
-                one batch share x through L2.
+    memory      4·B / K bytes of float32 gradients (the matrix costs nothing): 0.02 ps at B = 64, K = 4096.
+    L2          4·B / BLOCK_K bytes: programs of one batch each read x from it. At B = 64 these are 2 bytes, or 5 TB/s if
+                nothing else took longer than the products below. The data sheet gives no figure for it.
     Philox      10 rounds of two wide products, two three-way exclusive ors and two key additions, about 60
                 operations for 128 signs: 0.5 each. Unpacking (shift, and, select, convert): 3. Together 0.25 ps.
                 For normal numbers 15 operations and a quarter of two logarithms, roots, sines and cosines in
                 float64, some 75 double operations: 3 to 5 ps.
     products    2·B flop for each of three terms: 0.39 ps at B = 64 (0.13 ps for half-precision gradients).
+    compiled    all instructions of the loop, at four a cycle: 0.34 ps at B = 64 (0.25 ps for half-precision gradients,
+                0.43 ps at 128). What is not Philox and unpacking is addresses, masks, terms of x and shared memory.
 
-So signs are drawn faster than float32 gradients are multiplied from B = 41 on (B = 124 in half precision): tensor cores
-are the bottleneck above, integer units below, and memory never. A program generates signs for at most 64
-examples in float32, 128 in half precision: larger batches pay for them again. `Gaussian` is bound by float64 arithmetic for any batch up to 500.
+By what is compiled, tensor cores are the bottleneck for float32 gradients from B = 64 on, if L2 keeps up; for fewer
+examples, and in half precision, it is the issue of instructions. Memory never is. A program generates signs for at most 64
+examples (128 in half precision on Hopper): larger batches pay for them again. `Gaussian` is bound by float64 arithmetic for any batch up to 500.
+
+Compiled, not run. `benchmarks/triton_ahead.py` compiles what `add_by_triton` launches for compute capabilities 8.0, 8.9 and 9.0,
+without a GPU, and `benchmarks/results/triton-ahead.json` has its counts. No register is spilled. From 64 examples on,
+Hopper multiplies signs by wgmma; all else is mma. A multiprocessor holds 1 to 4 programs at a time. No GPU has run any of it.
 
 Legend: B examples, n rows, K columns, S ranges of blocks.
 """
@@ -43,8 +50,8 @@ from torch import Tensor
 from trak.projection.kernels.entries import Entries
 from trak.projection.philox import Key
 
-MAX_SPLITS = 8
-"""Most ranges of blocks, each with a partial sum [B, K]."""
+PROGRAMS = 256
+"""Ranges of blocks times tiles of 128 columns, at most: about what 132 multiprocessors hold two of. Partial sums then take 128 KiB an example."""
 
 MIN_BLOCKS = 16
 """Fewest blocks of 128 rows in a range, where there is more than one."""
@@ -75,10 +82,11 @@ def add_by_triton(
     columns, blocks = target_BK.shape[1], blocks_c.numel()
     if not (batch_size and count):
         return
-    per_split = max(MIN_BLOCKS, triton.cdiv(blocks, MAX_SPLITS))
+    per_split = _range_blocks(blocks, columns)
     splits = triton.cdiv(blocks, per_split)
     partial_SBK = torch.empty(splits, batch_size, columns, dtype=torch.float32, device=values_Bn.device)
-    block_b, block_k, warps = _tile(batch_size, entries, values_Bn.dtype)
+    tile = _tile(batch_size, entries, values_Bn.dtype, hopper=_is_hopper(values_Bn.device))
+    block_b, block_k, warps, stages = tile
     grid = (triton.cdiv(columns, block_k), triton.cdiv(batch_size, block_b), splits)
     _product[grid](
         values_Bn,
@@ -99,20 +107,49 @@ def add_by_triton(
         BLOCK_B=block_b,
         BLOCK_K=block_k,
         num_warps=warps,
-        num_stages=2,
+        num_stages=stages,
         # Triton's default is about to change, and it warns if none is named. Nothing here depends on it.
         enable_fp_fusion=True,
     )
     target_BK.add_(partial_SBK.sum(0), alpha=scale)
 
 
-def _tile(batch_size: int, entries: Entries, dtype: torch.dtype) -> tuple[int, int, int]:
-    """BLOCK_B, BLOCK_K and warps: accumulators and terms in registers, at most 64 KiB of shared memory."""
+def _range_blocks(blocks: int, columns: int) -> int:
+    """Blocks of one range: by the shape of the matrix alone, so that neither the batch nor the device changes the order of sums."""
+    ranges = max(1, PROGRAMS // triton.cdiv(columns, 128))
+    return max(MIN_BLOCKS, triton.cdiv(blocks, ranges))
+
+
+def _tile(
+    batch_size: int, entries: Entries, dtype: torch.dtype, *, hopper: bool
+) -> tuple[int, int, int, int]:
+    """BLOCK_B, BLOCK_K, warps and stages of loads. No sum depends on them, only which program makes it.
+
+    Chosen by the counts of `benchmarks/triton_ahead.py`: no registers spilled, few instructions, and no more than 64 KiB
+    of shared memory except on Hopper, which has 227.
+    """
     needed = max(16, triton.next_power_of_2(batch_size))
     if entries is Entries.NORMALS:
-        return min(32, needed), 64, 8
-    block_b = min(64 if dtype == torch.float32 else 128, needed)
-    return block_b, 128, 4 if block_b == 16 else 8
+        return min(32, needed), 64, 8, 2
+    exact = dtype == torch.float32
+    if needed <= 32:
+        # By the compiler's count, a third stage takes fewer registers than two.
+        return needed, 128, 4, 3 if exact and needed == 32 else 2
+    if hopper:
+        # Four warps multiply 64 examples together. Of eight, the second four would repeat the work of the first.
+        if exact or needed == 64:
+            return 64, 128, 4, 3 if exact else 1
+        return 128, 128, 8, 2
+    if exact:
+        return 64, 64, 4, 2
+    return 64, 128 if needed == 64 else 256, 8, 2
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Whether groups of four warps multiply from shared memory: compute capability 9 alone."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _signed(word: int) -> int:
