@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import trak
+from trak.allocator import keep_freed_memory
 from trak.blocks import Block
 from trak.gradients import model_state, select_parameters
 from trak.projection import Moments, joined
@@ -280,6 +281,7 @@ def main() -> None:
     autocast = options.autocast and getattr(torch, options.autocast)
     out = options.out or RESULTS / f"featurize{f'-{options.autocast}' if autocast else ''}.json"
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as while batches follow one another; the plain pass has it, too
     clock = clock_for(options.threads)
     only = options.contenders and options.contenders.split(",")
 

@@ -21,7 +21,8 @@ def resident():
 
 
 def batch():
-    tensors = [torch.ones(2**20) for _ in range(64)]  # 4 MiB each
+    size = 2**24 if "large" in sys.argv else 2**20  # 64 or 4 MiB each
+    tensors = [torch.ones(size) for _ in range(2**26 // size)]
 
 
 if "keep" in sys.argv:
@@ -51,10 +52,17 @@ glibc = pytest.mark.skipif(allocator._function("malloc_trim") is None, reason="g
 
 
 @glibc
-def test_a_batch_is_kept_and_given_back_at_the_end():
-    between, after = held("keep")
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_a_batch_is_kept_and_given_back_at_the_end(size):
+    between, after = held("keep", size)
     assert between > 200
     assert after < 60
+
+
+@glibc
+def test_large_tensors_are_given_back_at_once_where_nothing_is_kept():
+    between, _ = held("large")
+    assert between < 60
 
 
 @glibc
