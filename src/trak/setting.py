@@ -104,6 +104,15 @@ def refuse_modes(device: torch.device) -> None:
         raise InputError(
             "there are no gradients under torch.inference_mode(): attribute outside of it (torch.no_grad() does no harm)"
         )
+    refuse_autocast(device)
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Nothing, outside of autocast.
+
+    Raises:
+        InputError: under autocast.
+    """
     if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
         raise InputError(
             "under torch.autocast also projections, sums and scores would be in half precision: attribute outside of it, and let the task's "

@@ -9,6 +9,8 @@ from torch import nn
 import trak
 from trak.gradients import check_first_batch, model_state, select_parameters
 from trak.gradients.auto import select_gradients
+from trak.gradients.layers.base import LayerCall
+from trak.gradients.layers.linear import LinearRule
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,17 @@ def test_the_first_batch_passes_its_check():
     names = list(select_parameters(model, None))
     checked = check_first_batch(trak.Auto(), model, model_state(model, None, "cpu"), Half(), batch, names)
     assert checked == select_gradients(trak.Auto(), model, names)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_of_many_positions(dtype):
+    """Sums of thousands of gradients of one sign: rounded once in bfloat16, not at all in float16, whose range they leave."""
+    size = 4096 if dtype == torch.bfloat16 else 1 << 18
+    module = nn.Linear(1, 1)
+    gradient = torch.full((1, size, 1), 1.0 + 2**-7).to(dtype)
+    call = LayerCall(module, torch.zeros(1, size, 1, dtype=dtype), gradient, {"bias": "bias"}, 1)
+    (block,) = LinearRule().blocks(call)
+    assert block.values.dtype == torch.float32
+    assert float(block.values) == pytest.approx(
+        size * (1 + 2**-7), rel=2**-8 if dtype == torch.bfloat16 else 1e-6
+    )

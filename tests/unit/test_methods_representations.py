@@ -170,3 +170,14 @@ def test_a_checkpoint_that_changes_and_values_that_are_not_finite_are_refused():
     broken[0][7, 0] = float("nan")
     with pytest.raises(trak.NonFiniteError, match="rows 5 to 9"):
         RepresentationSimilarity(model=model, task="image_classification", batch_size=5).fit(broken)
+
+
+@pytest.mark.parametrize("method", [trak.RepresentationSimilarity, trak.KNNShapley])
+def test_autocast_around_the_call_is_refused(method):
+    model, train, targets, checkpoints = make()
+    attributor = method(model=model, task="image_classification")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(trak.InputError, match="enter autocast"):
+        attributor.fit(train, checkpoints)
+    fitted = attributor.fit(train, checkpoints)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(trak.InputError, match="enter autocast"):
+        fitted.attribute(targets)

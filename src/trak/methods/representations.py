@@ -24,7 +24,7 @@ from trak.memory import available_memory
 from trak.methods.runs import RunOptions, checkpoint_list, load_state, resolve_setting
 from trak.progress import bar
 from trak.projection import Identity
-from trak.setting import Setting, bound_task, prepare
+from trak.setting import Setting, bound_task, prepare, refuse_autocast
 from trak.tasks import Task
 
 Transform = Callable[[Any], Tensor]
@@ -103,7 +103,7 @@ def represent(
     """The training set's representations at every checkpoint.
 
     Raises:
-        InputError: a layer that is not there, is not reached, is reached several times, or gives no tensor [B, …].
+        InputError: a layer that is not there, is not reached, is reached several times, or gives no tensor [B, …]; a call under autocast.
         CheckpointError: a checkpoint cannot be read or does not fit.
         NonFiniteError: NaN or infinity in the representations.
     """
@@ -207,6 +207,7 @@ def _represent(
     source: RowSource,
     label: str,
 ) -> Tensor:
+    refuse_autocast(setting.device)
     task = bound_task(setting, state)
 
     def compute(batch: Any) -> Any:

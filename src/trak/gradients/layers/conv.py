@@ -50,7 +50,7 @@ class ConvRule(LayerRule):
                 examples=call.batch_size,
             )
         if "bias" in call.names:
-            per_image_NO = images.gradient.flatten(2).sum(2, dtype=call.dtype)
+            per_image_NO = call.summed(images.gradient.flatten(2), 2)
             yield from call.dense(
                 "bias", per_image_NO.reshape(call.batch_size, -1, per_image_NO.shape[1]).sum(1)
             )

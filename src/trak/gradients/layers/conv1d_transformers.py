@@ -46,4 +46,4 @@ class TransformersConv1DRule(LayerRule):
             shape = (inputs_BTI.shape[-1], gradient_BTO.shape[-1])
             yield OuterBlock(call.names["weight"], shape, inputs_BTI.unsqueeze(1), gradient_BTO.unsqueeze(1))
         if "bias" in call.names:
-            yield from call.dense("bias", gradient_BTO.sum(1, dtype=call.dtype))
+            yield from call.dense("bias", call.summed(gradient_BTO, 1))

@@ -10,7 +10,7 @@ processor multiplies so many more bytes than floats that three products of bytes
 Error: up to half a unit in every gradient, 2^-24 of the largest of the `GROUP_ROWS` gradients that share it, which is about what
 sums in float32 have. Neither the batch nor the number of threads changes any of it. Where the largest is below
 1e-31, bits are lost; an example with an infinite or undefined gradient gets no finite feature. Gradients in bfloat16, which were rounded
-to 2^-9 of themselves, have two digits: 2^-16 of the largest.
+to 2^-8 of themselves, have two digits: 2^-16 of the largest.
 
 Signs are kept as bits b and unpacked to zeros and ones: Σ ±d = 2 (Σ d·b − Σ d / 2), exact in float32 since sums stay
 below 2^23.
