@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import runpy
 import shutil
 import statistics
@@ -29,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from records import processor
 from torch import Tensor
 
 import trak
@@ -234,7 +234,7 @@ def main() -> None:
             "date": date.today().isoformat(),
             "torch": torch.__version__,
             "trak": trak.__version__,
-            "machine": platform.processor() or platform.machine(),
+            "machine": processor(),
             "threads": options.threads,
             "title": recipe["title"],
             "projection": options.projection,
