@@ -45,21 +45,32 @@ def run(save_dir):
     ).scores.tensor()
 
 
+def killed(save_dir, after):
+    """(whether a process finished, the seconds until it did or was killed), of one that is killed `after` seconds."""
+    code = RUN.format(here=os.path.dirname(__file__), save_dir=str(save_dir))
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    start = time.perf_counter()
+    if after is not None:
+        time.sleep(after)
+        child.send_signal(signal.SIGKILL)
+    done = child.stdout.readline() == "done\n"
+    seconds = time.perf_counter() - start
+    child.stdout.close()
+    child.wait()
+    return done, seconds
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_and_resumed(tmp_path):
     expected = run(None)
     generator = random.Random(0)
-    code = RUN.format(here=os.path.dirname(__file__), save_dir=str(tmp_path / "store"))
+    _, whole = killed(tmp_path / "whole", after=None)
     kills = 0
     for _ in range(8):
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(generator.uniform(0.05, 0.8))
-        child.send_signal(signal.SIGKILL)
-        kills += "done" not in child.stdout.read()
-        child.stdout.close()
-        child.wait()
-    assert kills, "no run was interrupted: make it longer"
+        done, _ = killed(tmp_path / "store", after=generator.uniform(0, 0.4) * whole)
+        kills += not done
+    assert kills, f"no run of {whole:.2f} s was interrupted: make it longer"
     assert trak.store.verify(tmp_path / "store").corrupt == ()
     assert torch.equal(run(tmp_path / "store"), expected)
 
