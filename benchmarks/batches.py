@@ -12,7 +12,6 @@ average. loading: examples that take a moment to load, without and with a thread
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import statistics
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import trak
+from trak.allocator import keep_freed_memory
 from trak.datasets import DatasetRows, prefetched, token_budget_rows
 from trak.gradients import model_state, select_parameters
 
@@ -94,16 +94,6 @@ FUNCTIONAL = {
 }
 """Title to what makes the model, and what makes a batch of so many examples."""
 SIZES = (8, 32)
-
-
-def keep_freed_memory() -> bool:
-    """No freed memory goes back to the system, and no tensor is a mapping of its own; whether the C library knows how (glibc does)."""
-    trim_threshold, mmap_max = -1, -4
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
 
 
 def functional(rounds: int, clock) -> list[dict]:

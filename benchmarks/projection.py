@@ -12,16 +12,15 @@ does not count, though it still takes caches.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
+from records import RESULTS, conditions, read_record, write_record
 
 import trak
+from trak.allocator import keep_freed_memory
 from trak.blocks import DenseBlock
 from trak.projection import tiles
 from trak.projection.kernels.dispatch import choose_kernel
@@ -47,6 +46,7 @@ def contenders(values, dim, device):
     block = DenseBlock("w", (entries,), values)
     for projection, kernel in (
         (trak.Rademacher(dim), None),
+        (trak.Rademacher(dim), "tables"),
         (trak.Rademacher(dim), "matmul"),
         (trak.Rademacher(dim, cache_bytes=0), None),
         (trak.Gaussian(dim, cache_bytes=4 << 30), None),
@@ -97,9 +97,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "projection.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "projection.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as while batches follow one another
     clock = time.process_time if options.device == "cpu" and options.threads == 1 else time.perf_counter
     values = torch.randn(options.batch_size, options.entries, device=options.device)
     functions = dict(contenders(values, options.dim, options.device))
@@ -114,12 +115,8 @@ def main() -> None:
         floor = medians["copy" if name in ("Sparse", "copy") else "matrix product"]
         print(f"{name:40s} {1000 * median:10.1f} ms {median / floor:8.2f} x its floor")
     record = {
-        "date": date.today().isoformat(),
-        "torch": torch.__version__,
-        "trak": trak.__version__,
-        "machine": platform.processor() or platform.machine(),
+        **conditions(options.threads),
         "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(),
         "clock": clock.__name__,
         "batch_size": options.batch_size,
         "dim": options.dim,
@@ -128,10 +125,10 @@ def main() -> None:
         "median_seconds": medians,
         "least_seconds": {name: min(values) for name, values in seconds.items()},
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(options.out.read_text()) if options.out.exists() else {}
-    known[f"{record['device']}, {record['threads']} threads"] = record
-    options.out.write_text(json.dumps(known, indent=2) + "\n")
+    name = (
+        f"{record['machine']}, {record['device']}, {record['threads']} threads, {options.batch_size} examples"
+    )
+    write_record(options.out, read_record(options.out) | {name: record})
     print(f"\nwritten to {options.out}")
 
 

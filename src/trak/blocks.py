@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from math import prod
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -87,8 +88,8 @@ class OuterBlock(Block):
 
     def dense(self) -> Tensor:
         """Σ_t left ⊗ right, [B, *shape]."""
-        left, right = _alike(self.left, self.right)
-        return (left.transpose(-1, -2) @ right).reshape(self.batch_size, *self.shape)
+        alike = upcast(self, torch.promote_types(self.left.dtype, self.right.dtype))
+        return (alike.left.transpose(-1, -2) @ alike.right).reshape(self.batch_size, *self.shape)
 
     def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
         """Σ_t (rowsᵀ left_t) ⊗ (columnsᵀ right_t): the weight gradient is never formed. [B, A, D]."""
@@ -163,8 +164,7 @@ class ConvBlock(Block):
         """
         many_positions = prod(self.gradients.shape[2:]) > 2 * self.shape[0] // self.groups
         is_grouped = self.inputs.device.type == "cpu" and many_positions
-        inputs, gradients = _alike(self.inputs, self.gradients)
-        alike = replace(self, inputs=inputs, gradients=gradients)
+        alike = upcast(self, torch.promote_types(self.inputs.dtype, self.gradients.dtype))
         by_image = alike._by_grouped_convolution() if is_grouped else alike.by_patches()
         if len(by_image) == self.examples:
             return by_image  # A sum over one image each would write all of it once more.
@@ -226,28 +226,25 @@ class ConvBlock(Block):
         return flat.reshape(images, *self.shape)
 
 
+Kind = TypeVar("Kind", bound=Block)
+
+
 @cache
 def field_names(kind: type[Block]) -> tuple[str, ...]:
     """What blocks of one kind consist of: asking a dataclass takes as long as projecting a short vector."""
     return tuple(field.name for field in fields(kind))
 
 
-def upcast(block: Block, dtype: torch.dtype) -> Block:
+def upcast(block: Kind, dtype: torch.dtype) -> Kind:
     """The block with all of its floating-point tensors in `dtype`."""
-    changed = {
+    changed: dict[str, Any] = {
         name: tensor.to(dtype)
         for name in field_names(type(block))
         if isinstance(tensor := getattr(block, name), Tensor)
         and tensor.dtype != dtype
         and tensor.is_floating_point()
     }
-    return replace(block, **changed) if changed else block  # type: ignore[arg-type]
-
-
-def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider of their dtypes."""
-    dtype = torch.promote_types(one.dtype, other.dtype)
-    return one.to(dtype), other.to(dtype)
+    return replace(block, **changed) if changed else block
 
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -111,8 +111,9 @@ def add_dense(state: DenseState, entries: Entries, block: Block, out_BK: Tensor)
     place = state.placements[block.name]
     kernel = choose_kernel(state.device, state.dtype, entries, place.width)
     # These kernels read half precision as it is.
-    dtype = None if kernel in ("triton", "digits") and not place.exact else state.dtype
-    if dtype is not None or not isinstance(block, DenseBlock):
+    reads_half = kernel in ("triton", "digits") and not place.exact
+    dtype = None if reads_half else state.dtype
+    if not (reads_half and isinstance(block, DenseBlock)):
         block = as_multiplied(block, state.dtype)
     target_BK = out_BK[:, place.start : place.stop]
     if place.exact:

@@ -60,7 +60,7 @@ class LayerCall:
 
     def summed(self, values: Tensor, dim: int) -> Tensor:
         """The sum over positions, in the parameters' dtype. bfloat16 is summed as training sums it, in float32 and rounded once: raised
-        first it would take four times as long.
+        first it would take two to seven times as long.
         """
         if values.dtype == torch.bfloat16:
             return values.sum(dim).to(self.dtype)

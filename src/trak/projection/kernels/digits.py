@@ -15,9 +15,9 @@ to 2^-8 of themselves, have two digits: 2^-16 of the largest.
 Signs are kept as bits b and unpacked to zeros and ones: Σ ±d = 2 (Σ d·b − Σ d / 2), exact in float32 since sums stay
 below 2^23.
 
-Milliseconds for 8,192 rows, K = 2048 and 16, 64 and 256 examples, one core with AMX (medians of 7): 4, 8 and 26; `tables` 5, 16 and
-57, `matmul` 13, 22 and 60, the bare product of float32 13, 27 and 57. By AVX-512 VNNI alone (`ONEDNN_MAX_CPU_ISA`) digits take 7, 16
-and 55, no less than tables, and are not used.
+Milliseconds for 32,768 rows, K = 2048 and 16, 64 and 256 examples, one core with AMX (benchmarks/projection.py): 23, 40 and 123;
+`tables` 24, 66 and 250, the bare product of float32 54, 104 and 231. By AVX-512 VNNI alone (`ONEDNN_MAX_CPU_ISA`) digits took no
+less than tables, and are not used.
 
 Legend: B examples, D digits, n rows, K columns (k of one slice), W bytes (eight rows each) of the rows of one group.
 """
