@@ -1,12 +1,12 @@
 """Projection kernels alone, against their floors: ratios, measured side by side.
 
-    python benchmarks/projection.py [--batch-size 64] [--dim 2048] [--entries 65536] [--rounds 7]
+    python benchmarks/projection.py [--batch-size 64] [--dim 2048] [--entries 65536] [--rounds 7] [--only sparse]
                                     [--device cpu] [--threads 1] [--out benchmarks/results/projection.json]
 
 Dense kinds are compared with a matrix product over a float32 matrix that is there already, in slices that fit a
-cache; `Sparse` with one copy of the gradients. Every round measures all cases in turn, so that drift of the machine
-falls on all alike, and medians are reported. With one thread on a CPU, time is the process's own: other load
-does not count, though it still takes caches.
+cache; `Sparse` with one copy of the gradients, and with `scatter_add_` of them to places of their own. Every round
+measures all cases in turn, so that drift of the machine falls on all alike, and medians are reported. With one thread
+on a CPU, time is the process's own: other load does not count, though it still takes caches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trak.projection.kernels.entries import NORMALS, SIGNS
 SLICE = 8192
 
 
-def contenders(values, dim, device):
+def contenders(values, dim, device, only):
     """Name to a function that projects all gradients once; the first is the floor of the dense kinds."""
     batch_size, entries = values.shape
     matrix = torch.randn(min(SLICE, entries), dim, device=device)
@@ -41,8 +41,11 @@ def contenders(values, dim, device):
             out.addmm_(part, matrix[: part.shape[1]])
 
     copied = torch.empty_like(values)
-    yield "matrix product", product
-    yield "copy", lambda: copied.copy_(values)
+    if only != "sparse":
+        yield "matrix product", product
+    if only != "dense":
+        yield "copy", lambda: copied.copy_(values)
+        yield "scattered one by one", _scatter(values, dim, device)
     block = DenseBlock("w", (entries,), values)
     for projection, kernel in (
         (trak.Rademacher(dim), None),
@@ -52,7 +55,20 @@ def contenders(values, dim, device):
         (trak.Gaussian(dim, cache_bytes=4 << 30), None),
         (trak.Sparse(dim), None),
     ):
-        yield _name(projection, kernel, dim, device), _project(projection, kernel, block, device)
+        if only != ("dense" if projection.kind == "sparse" else "sparse"):
+            yield _name(projection, kernel, dim, device), _project(projection, kernel, block, device)
+
+
+def _scatter(values, dim, device):
+    """A count sketch: a place for each entry, whose sign is one of two sums."""
+    places = torch.randint(2 * dim, values.shape[1:], device=device).expand(values.shape)
+    out = torch.zeros(len(values), dim, device=device)
+
+    def run():
+        sums = torch.zeros(len(values), 2 * dim, device=device).scatter_add_(1, places, values)
+        out.add_(sums[:, :dim]).sub_(sums[:, dim:])
+
+    return run
 
 
 def _name(projection, kernel, dim, device):
@@ -95,6 +111,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--entries", type=int, default=65536)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("dense", "sparse"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "projection.json")
@@ -103,7 +120,7 @@ def main() -> None:
     keep_freed_memory()  # as while batches follow one another
     clock = time.process_time if options.device == "cpu" and options.threads == 1 else time.perf_counter
     values = torch.randn(options.batch_size, options.entries, device=options.device)
-    functions = dict(contenders(values, options.dim, options.device))
+    functions = dict(contenders(values, options.dim, options.device, options.only))
     seconds = {name: [] for name in functions}
     for function in functions.values():
         measure(function, clock, options.device)
@@ -112,8 +129,11 @@ def main() -> None:
             seconds[name].append(measure(function, clock, options.device))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
-        floor = medians["copy" if name in ("Sparse", "copy") else "matrix product"]
-        print(f"{name:40s} {1000 * median:10.1f} ms {median / floor:8.2f} x its floor")
+        floor = medians["copy" if name in ("Sparse", "copy", "scattered one by one") else "matrix product"]
+        number = 1e9 * median / values.numel()
+        print(
+            f"{name:40s} {1000 * median:10.2f} ms {number:8.2f} ns a number {median / floor:8.2f} x its floor"
+        )
     record = {
         **conditions(options.threads),
         "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
@@ -125,9 +145,7 @@ def main() -> None:
         "median_seconds": medians,
         "least_seconds": {name: min(values) for name, values in seconds.items()},
     }
-    name = (
-        f"{record['machine']}, {record['device']}, {record['threads']} threads, {options.batch_size} examples"
-    )
+    name = f"{record['machine']}, {record['device']}, {record['threads']} threads, {options.batch_size} examples, {options.entries} entries"
     write_record(options.out, read_record(options.out) | {name: record})
     print(f"\nwritten to {options.out}")
 

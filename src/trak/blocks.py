@@ -162,13 +162,29 @@ class ConvBlock(Block):
         batch's weight gradient); with few positions and many channels, where that is two or three times as
         dear, and elsewhere, by patches and a batched matrix product.
         """
-        many_positions = prod(self.gradients.shape[2:]) > 2 * self.shape[0] // self.groups
-        is_grouped = self.inputs.device.type == "cpu" and many_positions
         alike = upcast(self, torch.promote_types(self.inputs.dtype, self.gradients.dtype))
-        by_image = alike._by_grouped_convolution() if is_grouped else alike.by_patches()
+        by_image = alike.by_patches() if self.prefers_patches else alike._by_grouped_convolution()
         if len(by_image) == self.examples:
             return by_image  # A sum over one image each would write all of it once more.
         return by_image.reshape(self.examples, -1, *self.shape).sum(1)
+
+    @property
+    def prefers_patches(self) -> bool:
+        """Whether patches are the cheaper way: everywhere but on a CPU with many output positions."""
+        return (
+            self.inputs.device.type != "cpu"
+            or prod(self.gradients.shape[2:]) <= 2 * self.shape[0] // self.groups
+        )
+
+    def by_positions(self) -> OuterBlock:
+        """The same gradients as sums of outer products, over output positions of an example's images: [B, groups, S·L, ·]."""
+        patches_NGLC = self.patches()
+        images, groups, positions, _ = patches_NGLC.shape
+        left_NGLO = self.gradients.reshape(images, groups, -1, positions).transpose(-1, -2)
+        both = [left_NGLO, patches_NGLC]
+        if images != self.examples:
+            both = [factor.unflatten(0, (self.examples, -1)).transpose(1, 2).flatten(2, 3) for factor in both]
+        return OuterBlock(self.name, self.shape, *both)
 
     def by_patches(self) -> Tensor:
         """Gradients per image, [N, *shape], the readable way: Σ_l gradient_l ⊗ patch_l, group by group."""

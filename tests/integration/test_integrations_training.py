@@ -187,7 +187,8 @@ class TestTrainer:
             == NUM_ROWS
         )
 
-    def test_the_released_protocol(self, trained):
+    def test_the_released_protocol(self, trained, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # where TRAKer's default save_dir lies
         trainer, folder = trained
         loader = trainer.get_test_dataloader(texts())
         traker = trak.TRAKer(

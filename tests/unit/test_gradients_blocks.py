@@ -44,6 +44,7 @@ def test_convolution_by_groups_is_convolution_by_patches(case):
     (block,) = (block for block in blocks_of(model, batch) if isinstance(block, ConvBlock))
     patches = block.by_patches().reshape(block.examples, -1, *block.shape).sum(1)
     torch.testing.assert_close(block.dense(), patches, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(block.by_positions().dense(), patches, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(

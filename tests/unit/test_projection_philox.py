@@ -9,6 +9,7 @@ import torch
 
 from trak.projection.normals import draw_normals, reference_normals
 from trak.projection.philox import _rounds, derive_key, draw_words, philox4x32
+from trak.projection.shifts import Shifts
 from trak.projection.signs import (
     _look_up_by_numpy,
     _look_up_by_torch,
@@ -18,7 +19,6 @@ from trak.projection.signs import (
     reference_signs,
     unpack_signs,
 )
-from trak.projection.sparse import draw_hashes
 
 ONES = 0xFFFFFFFF
 # Known answers published with the Random123 library (philox4x32, 10 rounds): counter, key, words.
@@ -159,27 +159,66 @@ def test_normals_by_their_description(columns):
                 assert normals[first + 32, column] == pytest.approx(radius * math.sin(angle), abs=1e-6)
 
 
-@pytest.mark.parametrize(("nonzeros", "columns"), [(1, 1), (1, 100), (3, 100), (5, 5), (4, 7)])
-def test_sparse_columns_and_signs_by_their_description(nonzeros, columns):
-    entries = torch.tensor([0, 1, 2, 1 << 35])
-    got_columns, got_signs = draw_hashes((8, 9), entries, nonzeros, columns)
+@pytest.mark.parametrize(
+    ("nonzeros", "columns", "size"),
+    [
+        (1, 1, 40),
+        (1, 100, 50),
+        (1, 100, 20_000),
+        (3, 100, 20_000),
+        (5, 5, 300),
+        (4, 7, 300),
+        (2, 9000, 10**6),
+    ],
+)
+def test_sparse_columns_and_signs_by_their_description(nonzeros, columns, size):
+    """Written again from the text of `Shifts`, on Python's integers."""
+    length = columns // nonzeros
+    blocks = -(-size // length)
+    lanes = max(1, min(8192 // length, blocks // 16))
+    entries = torch.randint(size, (60,), generator=torch.Generator().manual_seed(0))
+    entries[:4] = torch.tensor([0, 1, 2, size - 1])
+    shifts = Shifts((8, 9), (10, 11), size, columns, nonzeros)
+    got_columns, got_signs = shifts.draw(entries)
     for index, entry in enumerate(entries.tolist()):
-        for nonzero in range(nonzeros):
-            words = philox_by_integers((entry & ONES, entry >> 32, nonzero // 2, 0), (8, 9))
-            first, last = nonzero * columns // nonzeros, (nonzero + 1) * columns // nonzeros
-            place = words[2 * (nonzero % 2)] * (last - first) // 2**32
-            assert got_columns[nonzero, index] == first + place
-            assert got_signs[nonzero, index] == (1 if words[2 * (nonzero % 2) + 1] & 1 else -1)
+        block, offset = divmod(entry, length)
+        for group in range(nonzeros):
+            first, last = group * columns // nonzeros, (group + 1) * columns // nonzeros
+            outer = philox_by_integers((block // lanes, 0, group, 0), (10, 11))[0] * (last - first) >> 32
+            inner = philox_by_integers((block % lanes, 0, group, 0), (10, 11))[1] * (last - first) >> 32
+            assert got_columns[group, index] == first + (offset + outer + inner) % (last - first)
+            assert shifts.moves_sn[group, block] == (outer + inner) % (last - first)
+            word = philox_by_integers((entry // 128, 0, group, 0), (8, 9))[entry % 128 // 32]
+            assert got_signs[group, index] == (1 if word >> entry % 32 & 1 else -1)
         assert len(set(got_columns[:, index].tolist())) == nonzeros
 
 
-def test_signs_are_fair_and_columns_even():
+@pytest.mark.parametrize(("first", "stop"), [(0, 1), (0, 500), (127, 129), (300, 777)])
+def test_signs_of_a_range_are_those_of_its_entries(first, stop):
+    shifts = Shifts((8, 9), (10, 11), 777, 30, 3)
+    signs = shifts.signs(first, stop, torch.float64)
+    assert torch.equal(signs, shifts.draw(torch.arange(first, stop))[1].double())
+
+
+def test_shifts_are_even_and_those_of_two_blocks_independent():
+    """Places of single entries, and differences between two blocks: in one superblock, in two, and in the same lane of two."""
+    size, columns = 64 * 64 * 16, 64
+    places = []
+    for seed in range(3000):
+        shifts = Shifts((5, 6), (7, seed), size, columns, 1)
+        assert shifts.lanes == 64
+        places.append(shifts.moves_sn[0, [0, 1, 64, 65]])
+    first, neighbour, same_lane, other = torch.stack(places, dim=1)
+    for values in (first, neighbour - first, same_lane - first, other - first):
+        counts = (values % columns).bincount(minlength=columns).double()
+        mean = 3000 / columns
+        chi_square = float(((counts - mean) ** 2 / mean).sum())
+        assert abs(chi_square - 63) < 5 * (2 * 63) ** 0.5
+
+
+def test_signs_are_fair():
     signs = reference_signs((5, 6), torch.arange(16), 256).double()
     count = signs.numel()
     assert abs(signs.sum()) < 5 * count**0.5
     assert signs.sum(0).abs().max() < 5 * 2048**0.5
     assert signs.sum(1).abs().max() < 5 * 256**0.5
-    columns, _ = draw_hashes((5, 6), torch.arange(64000), 1, 64)
-    counts = columns.flatten().bincount(minlength=64).double()
-    chi_square = float(((counts - 1000) ** 2 / 1000).sum())
-    assert abs(chi_square - 63) < 5 * (2 * 63) ** 0.5

@@ -1,4 +1,4 @@
-"""The Triton kernel against its readable reference, run by Triton's interpreter on CPU tensors.
+"""The Triton kernels against their readable references, run by Triton's interpreter on CPU tensors.
 
 Triton decides on import whether to interpret. So in an ordinary run the one test here starts the others in a
 process of their own.
@@ -43,18 +43,21 @@ def test_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton does not compile while it interprets")
 def test_compiled_for_a_gpu(tmp_path):
-    """Without one: signs come from tensor cores, each product is done once, and no register is spilled."""
+    """Without one: signs come from tensor cores, each product is done once, sparse sums wait for memory, and no register is spilled."""
     _needs_a_compiler()
     out = tmp_path / "ahead.json"
     command = [sys.executable, str(AHEAD), "--capabilities", "9.0", "--batches", "16,64", "--out", str(out)]
-    command += ["--kinds", "signs-float32,signs-bfloat16"]
+    command += ["--kinds", "signs-float32,signs-bfloat16,sparse-float32"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     cases = json.loads(out.read_text())["cases"]
-    assert len(cases) == 4
+    assert len(cases) == 6
     for name, case in cases.items():
-        assert case["wgmma" if name.endswith(" 64") else "mma"] > 0, name
-        assert case["products_done_over_needed"] == 1, name
+        if "sparse" in name:
+            assert case["least_ps"]["issue"] < 0.5 * case["least_ps"]["memory"], name
+        else:
+            assert case["wgmma" if name.endswith(" 64") else "mma"] > 0, name
+            assert case["products_done_over_needed"] == 1, name
         assert case["spill_stores"] == case["spill_loads"] == 0, name
 
 
@@ -180,6 +183,65 @@ def test_projections_through_the_kernel(monkeypatch):
     expected = flat_gradients([_in_float64(block) for block in blocks]) @ full_matrix(Rademacher(40))
     rounded = project(Rademacher(40), blocks, dtype=torch.float32)
     assert 1e-5 < float((rounded - expected).norm() / expected.norm()) < 2**-7
+
+
+SPARSE = [(40, 1, (11, 20)), (300, 3, (41, 50)), (7, 7, (9, 3)), (20, 1, (70, 40)), (600, 2, (20, 10))]
+
+
+@inside
+@pytest.mark.parametrize("dtype", [*FORMATS, torch.float64])
+@pytest.mark.parametrize(("columns", "nonzeros", "shape"), SPARSE)
+def test_gathered_entries_are_the_product(columns, nonzeros, shape, dtype, monkeypatch):
+    """The sparse kernel, on pieces that begin and end anywhere in a block."""
+    from trak.projection import Sparse
+    from trak.projection.kernels import triton_slices
+
+    projection, size = Sparse(columns, nonzeros=nonzeros), shape[0] * shape[1]
+    state = projection.init({"w": shape})
+    shifts = state.shifts["w"]
+    values_Bn = torch.randn(5, size, dtype=torch.float64).to(dtype)
+    expected = values_Bn.double() @ projection.matrix(state, "w").double()
+    words, moves = shifts.packed_signs(0, -(-size // 128), "cpu").view(torch.int32), shifts.moves_sn.int()
+    for min_blocks in (1, 1000):
+        monkeypatch.setattr(triton_slices, "MIN_BLOCKS", min_blocks)
+        outs = []
+        for _ in range(2):
+            out_BK = torch.ones(5, columns)
+            for first, stop in ((0, 17), (17, 18), (18, size)):
+                part = values_Bn[:, first:stop]
+                triton_slices.add_by_gathering(out_BK, part, first, shifts, words, moves)
+            outs.append(out_BK)
+        torch.testing.assert_close(outs[0].double() - 1, expected, rtol=1e-4, atol=2e-5)
+        assert torch.equal(*outs)
+
+
+@inside
+def test_gathered_signs_and_places_are_exact():
+    from trak.projection import Sparse
+    from trak.projection.kernels.triton_slices import add_by_gathering
+
+    state = Sparse(50).init({"w": (300,)})
+    shifts, out_BK = state.shifts["w"], torch.zeros(300, 50)
+    words, moves = shifts.packed_signs(0, 3, "cpu").view(torch.int32), shifts.moves_sn.int()
+    add_by_gathering(out_BK, torch.eye(300), 0, shifts, words, moves)
+    assert torch.equal(out_BK, Sparse(50).matrix(state, "w"))
+
+
+@inside
+def test_sparse_projections_through_the_kernel(monkeypatch):
+    from trak.projection import Sparse, pieces, sparse_sums
+    from trak.testing.projection import example_blocks, flat_gradients, full_matrix, project
+
+    monkeypatch.setattr(sparse_sums, "choose_way", lambda device, dtype: "gathered")
+    monkeypatch.setattr(pieces, "multiplies_bfloat16", lambda device: False)
+    for small_table, piece_entries in ((1 << 18, 1 << 24), (0, 70)):
+        monkeypatch.setattr(pieces, "SMALL_TABLE", small_table)
+        monkeypatch.setattr(pieces, "PIECE_ENTRIES", piece_entries)
+        for projection in (Sparse(40), Sparse(40, nonzeros=3), Sparse(60, nonzeros=2, per_layer=True)):
+            blocks = example_blocks(dtype=torch.float32)
+            expected = flat_gradients([_in_float64(block) for block in blocks]) @ full_matrix(projection)
+            got = project(projection, blocks, dtype=torch.float32)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def _in_float64(block):

@@ -21,9 +21,10 @@ def sign_variance(x, y, dim):
 
 
 def sparse_variance(x, y, dim, nonzeros):
-    """The mean of `nonzeros` independent count sketches, one for each group of columns."""
+    """The mean of `nonzeros` sketches, one for each group of columns, in which entries of one block do not meet."""
     sizes = [(t + 1) * dim // nonzeros - t * dim // nonzeros for t in range(nonzeros)]
-    return sum(sign_variance(x, y, size) for size in sizes) / nonzeros**2
+    apart = sum(gaussian_variance(u, v, 1) for u, v in zip(*(z.split(dim // nonzeros) for z in (x, y))))
+    return sum((gaussian_variance(x, y, 1) - apart) / size for size in sizes) / nonzeros**2
 
 
 def form_variance(M):
@@ -80,6 +81,7 @@ CASES = [
     (Sparse(12), (6, 5)),
     (Sparse(12, nonzeros=4), (6, 5)),
     (Sparse(11, nonzeros=3), (6, 5)),
+    (Sparse(2), (6, 11)),
     (Kronecker(16), (12, 10)),
     (Kronecker(14), (12, 10)),
     (Kronecker(10), (4, 20)),

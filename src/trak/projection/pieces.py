@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ PIECE_ENTRIES = 1 << 24
 
 CACHED_ENTRIES = 1 << 20
 """Gradient entries in one piece that is to stay in the processor's cache, all examples together (4 MiB in float32)."""
+
+PATCH_ENTRIES = 1 << 20
+"""Numbers in the patches of a convolution's inputs that are there at a time (4 MiB in float32), or one example's."""
 
 SMALL_TABLE = 1 << 18
 """An embedding of at most this many entries is made dense: cheaper than looking up its rows."""
@@ -94,25 +98,41 @@ def _cached_pieces(block: Block) -> Iterator[tuple[slice, int, Tensor]]:
     if batch_size * rows * columns <= CACHED_ENTRIES:
         yield whole, 0, block.dense().reshape(batch_size, rows * columns)
     elif isinstance(block, OuterBlock):
-        yield from _cached_outer(block)
+        yield from _cached_outer(block, CACHED_ENTRIES >> 4)
     elif isinstance(block, ConvBlock):
-        images = len(block.inputs) // batch_size
-        step = max(1, CACHED_ENTRIES // (rows * columns))
-        for first in range(0, batch_size, step):
-            count = min(step, batch_size - first)
-            own = slice(first * images, (first + count) * images)
-            part = replace(block, inputs=block.inputs[own], gradients=block.gradients[own], examples=count)
-            yield slice(first, first + count), 0, part.dense().reshape(count, rows * columns)
+        yield from _cached_convolution(block)
     else:
         yield whole, 0, block.dense().reshape(batch_size, rows * columns)
 
 
-def _cached_outer(block: OuterBlock) -> Iterator[tuple[slice, int, Tensor]]:
-    """Some rows of some examples at a time, in one buffer."""
+def _cached_convolution(block: ConvBlock) -> Iterator[tuple[slice, int, Tensor]]:
+    """Some examples at a time, of which patches give some rows at a time."""
+    batch_size, (rows, columns) = block.batch_size, block.matrix_shape
+    images = len(block.inputs) // batch_size
+    by_patches = block.prefers_patches
+    positions = images * prod(block.gradients.shape[2:]) * block.groups
+    step = max(
+        1, PATCH_ENTRIES // (positions * columns) if by_patches else CACHED_ENTRIES // (rows * columns)
+    )
+    for first in range(0, batch_size, step):
+        count = min(step, batch_size - first)
+        own = slice(first * images, (first + count) * images)
+        part = replace(block, inputs=block.inputs[own], gradients=block.gradients[own], examples=count)
+        if by_patches:
+            for inner, entry, values_bn in _cached_outer(part.by_positions(), CACHED_ENTRIES >> 2):
+                yield slice(first + inner.start, first + inner.stop), entry, values_bn
+        else:
+            yield slice(first, first + count), 0, part.dense().reshape(count, rows * columns)
+
+
+def _cached_outer(block: OuterBlock, entries: int) -> Iterator[tuple[slice, int, Tensor]]:
+    """Rows of so many entries, of some examples at a time, in one buffer.
+
+    Many examples and few rows leave long sums where they are in cache. But products of many rows are faster, the more so the more positions.
+    """
     batch_size, groups, _, group_rows = block.left.shape
     columns = block.matrix_shape[1]
-    # Products of many rows are faster, and so are few calls of what follows.
-    step = min(group_rows, max(32, -(-(CACHED_ENTRIES >> 2) // columns)))
+    step = min(group_rows, max(32, -(-entries // columns)))
     examples = min(batch_size, max(1, CACHED_ENTRIES // (step * columns)))
     buffer = block.left.new_empty(examples * step * columns)
     for group in range(groups):
