@@ -219,7 +219,7 @@ def test_pieces_for_the_cache_cover_every_gradient_once(cached_entries, monkeypa
     assert images.prefers_patches and not signal.prefers_patches
     for block in (grouped, plain, images, signal, DenseBlock("w", shape, torch.randn(5, *shape))):
         found, times = torch.zeros(5, math.prod(block.shape)), torch.zeros(5, math.prod(block.shape))
-        for examples, first, values_bn in pieces.cached_pieces(block, torch.float32):
+        for examples, first, values_bn in pieces.cached_pieces(block):
             found[examples, first : first + values_bn.shape[1]] += values_bn
             times[examples, first : first + values_bn.shape[1]] += 1
         assert (times == 1).all()

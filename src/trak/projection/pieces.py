@@ -81,24 +81,20 @@ def _dense_pieces(block: Block) -> Iterator[tuple[int, Tensor]]:
             yield (group * group_rows + first) * columns, values_BrC.reshape(batch_size, -1)
 
 
-def cached_pieces(block: Block, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
-    """(examples, first flattened entry, gradients [b, n] in `dtype`): of every example consecutive entries, in order, covering the parameter.
+def cached_pieces(block: Block) -> Iterator[tuple[slice, int, Tensor]]:
+    """(examples, first flattened entry, gradients [b, n]): of every example consecutive entries, in order, covering the parameter.
 
     Gradients of a large parameter for a batch are too many for the cache: written to memory, in pages fresh from the system, and
     read back they cost several times what is done with them. Here a piece is overwritten by the next.
     """
-    for examples, first, values_bn in _cached_pieces(block):
-        yield examples, first, values_bn.to(dtype)
-
-
-def _cached_pieces(block: Block) -> Iterator[tuple[slice, int, Tensor]]:
     batch_size = block.batch_size
     rows, columns = block.matrix_shape
     whole = slice(0, batch_size)
     if batch_size * rows * columns <= CACHED_ENTRIES:
         yield whole, 0, block.dense().reshape(batch_size, rows * columns)
     elif isinstance(block, OuterBlock):
-        yield from _cached_outer(block, CACHED_ENTRIES >> 4)
+        # In half precision products are so fast that what the short ones of few rows lose counts for more.
+        yield from _cached_outer(block, CACHED_ENTRIES >> (4 if block.left.element_size() > 2 else 2))
     elif isinstance(block, ConvBlock):
         yield from _cached_convolution(block)
     else:
@@ -133,7 +129,8 @@ def _cached_outer(block: OuterBlock, entries: int) -> Iterator[tuple[slice, int,
     batch_size, groups, _, group_rows = block.left.shape
     columns = block.matrix_shape[1]
     step = min(group_rows, max(32, -(-entries // columns)))
-    examples = min(batch_size, max(1, CACHED_ENTRIES // (step * columns)))
+    in_cache = CACHED_ENTRIES * 4 // block.left.element_size()
+    examples = min(batch_size, max(1, in_cache // (step * columns)))
     buffer = block.left.new_empty(examples * step * columns)
     for group in range(groups):
         for first in range(0, group_rows, step):

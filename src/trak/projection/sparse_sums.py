@@ -100,7 +100,7 @@ def _add_slices(state: SparseState, block: Block, target_BK: Tensor) -> None:
     def signs_of(first: int, stop: int) -> Tensor:
         return state.tile_of_signs(block.name, first, stop)
 
-    add_by_slices(target_BK, cached_pieces(block, state.dtype), state.shifts[block.name], signs_of)
+    add_by_slices(target_BK, cached_pieces(block), state.shifts[block.name], signs_of)
 
 
 def _add_gathered(state: SparseState, block: Block, target_BK: Tensor) -> None:

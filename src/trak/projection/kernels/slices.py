@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trak.projection.shifts import Shifts
 
-TILE_ENTRIES = 1 << 16
+TILE_ENTRIES = 1 << 18
 """Entries whose signs are drawn at once, or one superblock where that is more."""
 
 FEW_BLOCKS = 4
@@ -39,7 +39,7 @@ def add_by_slices(target_BK: Tensor, pieces: Pieces, shifts: Shifts, signs_of: S
 
     Args:
         target_BK: [B, K of the parameter's placement], any strides.
-        pieces: of the parameter, in the target's dtype.
+        pieces: of the parameter, in the target's dtype or a narrower one: PyTorch raises what it adds.
         shifts: of the parameter.
         signs_of: a tile of signs, in the target's dtype.
     """
@@ -64,7 +64,7 @@ def _add_turned(target_bK: Tensor, values_bn: Tensor, first: int, shifts: Shifts
     """Block by block: what goes beyond the last column of a group is added from its first on."""
     moves_sn = shifts.moves_sn.tolist()
     if shifts.nonzeros > 1:
-        values_bn = values_bn * (1 / sqrt(shifts.nonzeros))
+        values_bn = values_bn.to(target_bK.dtype) * (1 / sqrt(shifts.nonzeros))
     for start, _, length in split_runs(first, first + values_bn.shape[1], shifts.length, 1):
         block, offset = divmod(start, shifts.length)
         for group, (column, width) in enumerate(shifts.groups):
@@ -96,20 +96,15 @@ def _add_runs(
     """
     examples, count = values_bn.shape
     by_example, by_lane, _ = sums_bmJ.stride()
-    origin, source, signs = (
-        sums_bmJ.storage_offset(),
-        values_bn.storage_offset() - first,
-        signs_n.storage_offset() - tile,
-    )
+    origin, source = sums_bmJ.storage_offset(), values_bn.storage_offset() - first
+    signs, block_length, lanes = signs_n.storage_offset() - tile, shifts.length, shifts.lanes
     for start, blocks, length in runs:
-        block, offset = divmod(start, shifts.length)
-        superblock, lane = divmod(block, shifts.lanes)
-        shape = (examples, blocks, length)
+        block, offset = divmod(start, block_length)
+        superblock, lane = divmod(block, lanes)
         place = origin + lane * by_lane + outer_q[superblock] + offset
-        sums_bmJ.as_strided(shape, (by_example, by_lane, 1), place).addcmul_(
-            values_bn.as_strided(shape, (count, length, 1), source + start),
-            signs_n.as_strided(shape[1:], (length, 1), signs + start),
-        )
+        sums_bml = sums_bmJ.as_strided((examples, blocks, length), (by_example, by_lane, 1), place)
+        values_bml = values_bn.as_strided((examples, blocks, length), (count, length, 1), source + start)
+        sums_bml.addcmul_(values_bml, signs_n.as_strided((blocks, length), (length, 1), signs + start))
 
 
 def _tiles(
