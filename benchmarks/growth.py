@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from featurize import Encoder, contenders, plain_pass
+from featurize import LARGER, Encoder, contenders, plain_pass
 from records import RESULTS, clock_for, conditions, read_record, write_record
 from score import make_rows, make_scores, peak_kib
 from torch import nn
@@ -164,13 +164,14 @@ def parameters(rounds: int, memory_gib: float, clock, families: list[str], befor
                     start = clock()
                     function()
                     seconds.append(clock() - start)
-                ms = 1000 * min(seconds) / batch_size
+                examples = batch_size * LARGER.get(name, 1)
+                ms = 1000 * min(seconds) / examples
                 out.append(
                     {
                         "family": family,
                         "parameters": size,
                         "path": name,
-                        "batch_size": batch_size,
+                        "batch_size": examples,
                         "ms_per_example": ms,
                     }
                 )

@@ -13,6 +13,7 @@ superblock, s non-zeros per entry.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from math import sqrt
 
 from torch import Tensor
@@ -27,6 +28,9 @@ FEW_BLOCKS = 4
 
 Pieces = Iterable[tuple[slice, int, Tensor]]
 """(examples, first entry, gradients [b, n]) as `pieces.cached_pieces` yields them."""
+
+Run = tuple[int, int, int]
+"""(first entry, blocks, entries of each)."""
 
 SignsOf = Callable[[int, int], Tensor]
 """Signs [s, n] of the entries from `first` to `stop`, which are a whole tile of them."""
@@ -47,17 +51,15 @@ def add_by_slices(target_BK: Tensor, pieces: Pieces, shifts: Shifts, signs_of: S
         for examples, first, values_bn in pieces:
             _add_turned(target_BK[examples], values_bn, first, shifts, signs_of(0, shifts.size))
         return
-    length, lanes, batch_size = shifts.length, shifts.lanes, len(target_BK)
-    sums_sBmJ = [target_BK.new_zeros(batch_size, lanes, length + width) for _, width in shifts.groups]
-    outer_sq = shifts.outer_sq.tolist()
+    groups = [_LongSums.zeros(target_BK, shifts, group) for group in range(shifts.nonzeros)]
     for examples, first, values_bn in pieces:
         values_bn = values_bn.contiguous()
         for low, high, start, signs_sn in _tiles(first, first + values_bn.shape[1], shifts, signs_of):
-            runs = list(split_runs(low, high, length, lanes))
-            for sums_BmJ, outer_q, signs_n in zip(sums_sBmJ, outer_sq, signs_sn):
-                _add_runs(sums_BmJ[examples], values_bn, signs_n, first, start, runs, shifts, outer_q)
-    for group, sums_BmJ in enumerate(sums_sBmJ):
-        _fold(target_BK, sums_BmJ, shifts, group)
+            runs = list(split_runs(low, high, shifts.length, shifts.lanes))
+            for group, signs_n in zip(groups, signs_sn):
+                group.add(examples, runs, values_bn, first, signs_n, start)
+    for group in groups:
+        group.fold(target_BK)
 
 
 def _add_turned(target_bK: Tensor, values_bn: Tensor, first: int, shifts: Shifts, signs_sn: Tensor) -> None:
@@ -80,31 +82,51 @@ def _add_turned(target_bK: Tensor, values_bn: Tensor, first: int, shifts: Shifts
                     )
 
 
-def _add_runs(
-    sums_bmJ: Tensor,
-    values_bn: Tensor,
-    signs_n: Tensor,
-    first: int,
-    tile: int,
-    runs: list[tuple[int, int, int]],
-    shifts: Shifts,
-    outer_q: list[int],
-) -> None:
-    """Runs of one tile, each in one operation.
+@dataclass(frozen=True, eq=False)
+class _LongSums:
+    """Sums of one group of columns [B, m, J], one for each block of a superblock, so long that nothing is turned on the way."""
 
-    Views are made by strides, in half the time of slicing: a run is some ten thousand numbers, which are added in microseconds.
-    """
-    examples, count = values_bn.shape
-    by_example, by_lane, _ = sums_bmJ.stride()
-    origin, source = sums_bmJ.storage_offset(), values_bn.storage_offset() - first
-    signs, block_length, lanes = signs_n.storage_offset() - tile, shifts.length, shifts.lanes
-    for start, blocks, length in runs:
-        block, offset = divmod(start, block_length)
-        superblock, lane = divmod(block, lanes)
-        place = origin + lane * by_lane + outer_q[superblock] + offset
-        sums_bml = sums_bmJ.as_strided((examples, blocks, length), (by_example, by_lane, 1), place)
-        values_bml = values_bn.as_strided((examples, blocks, length), (count, length, 1), source + start)
-        sums_bml.addcmul_(values_bml, signs_n.as_strided((blocks, length), (length, 1), signs + start))
+    sums_BmJ: Tensor
+    shifts: Shifts
+    group: int
+    outer_q: list[int]
+
+    @classmethod
+    def zeros(cls, target_BK: Tensor, shifts: Shifts, group: int) -> _LongSums:
+        places = shifts.length + shifts.groups[group][1]
+        sums_BmJ = target_BK.new_zeros(len(target_BK), shifts.lanes, places)
+        return cls(sums_BmJ, shifts, group, shifts.outer_sq[group].tolist())
+
+    def add(
+        self, examples: slice, runs: list[Run], values_bn: Tensor, first: int, signs_n: Tensor, tile: int
+    ) -> None:
+        """Runs of one tile, each in one operation; gradients begin with entry `first`, signs with entry `tile`.
+
+        Views are made by strides, in half the time of slicing: a run is some ten thousand numbers, which are added in microseconds.
+        """
+        sums_bmJ, block_length, lanes = self.sums_BmJ[examples], self.shifts.length, self.shifts.lanes
+        count, entries = values_bn.shape
+        by_example, by_lane, _ = sums_bmJ.stride()
+        origin, source = sums_bmJ.storage_offset(), values_bn.storage_offset() - first
+        signs = signs_n.storage_offset() - tile
+        for start, blocks, length in runs:
+            block, offset = divmod(start, block_length)
+            superblock, lane = divmod(block, lanes)
+            place = origin + lane * by_lane + self.outer_q[superblock] + offset
+            sums_bml = sums_bmJ.as_strided((count, blocks, length), (by_example, by_lane, 1), place)
+            values_bml = values_bn.as_strided((count, blocks, length), (entries, length, 1), source + start)
+            sums_bml.addcmul_(values_bml, signs_n.as_strided((blocks, length), (length, 1), signs + start))
+
+    def fold(self, target_BK: Tensor) -> None:
+        """Add the group's columns: what goes beyond the last belongs to the first, and each sum is turned by its block's part of the shift."""
+        first, width = self.shifts.groups[self.group]
+        scale = 1 / sqrt(self.shifts.nonzeros)
+        beyond = self.sums_BmJ.shape[2] - width
+        self.sums_BmJ[:, :, :beyond] += self.sums_BmJ[:, :, width:]
+        group_BK = target_BK[:, first : first + width]
+        for lane, inner in enumerate(self.shifts.inner_sm[self.group].tolist()):
+            group_BK[:, inner:].add_(self.sums_BmJ[:, lane, : width - inner], alpha=scale)
+            group_BK[:, :inner].add_(self.sums_BmJ[:, lane, width - inner : width], alpha=scale)
 
 
 def _tiles(
@@ -118,20 +140,8 @@ def _tiles(
         yield max(first, start), min(stop, end), start, signs_of(start, end)
 
 
-def _fold(target_BK: Tensor, sums_BmJ: Tensor, shifts: Shifts, group: int) -> None:
-    """Sums that are too long, each turned by its block's part of the shift, added to a group's columns."""
-    first, width = shifts.groups[group]
-    scale = 1 / sqrt(shifts.nonzeros)
-    beyond = sums_BmJ.shape[2] - width
-    sums_BmJ[:, :, :beyond] += sums_BmJ[:, :, width:]
-    group_BK = target_BK[:, first : first + width]
-    for lane, inner in enumerate(shifts.inner_sm[group].tolist()):
-        group_BK[:, inner:].add_(sums_BmJ[:, lane, : width - inner], alpha=scale)
-        group_BK[:, :inner].add_(sums_BmJ[:, lane, width - inner : width], alpha=scale)
-
-
-def split_runs(first: int, stop: int, length: int, lanes: int) -> Iterator[tuple[int, int, int]]:
-    """(first entry, blocks, entries of each): whole blocks side by side in one superblock, or a part of one block, in order."""
+def split_runs(first: int, stop: int, length: int, lanes: int) -> Iterator[Run]:
+    """What can be added at once, in order: whole blocks side by side in one superblock, or a part of one block."""
     while first < stop:
         block, offset = divmod(first, length)
         whole = min((block // lanes + 1) * lanes, stop // length) - block
