@@ -1,6 +1,7 @@
 """The strongest rows of each target, kept up while blocks of scores come by.
 
-Shape legend: N training rows, R rows of one block, T targets, t targets that a block changes, k rows kept.
+Shape legend: N training rows, R rows of one block, T targets, k rows kept; g groups of r rows, p pairs of a group and a target, c candidates of u
+targets.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from trak.errors import InputError
 
 FIRST_ROWS = 256
 """Rows that are sorted before there is anything to compare with."""
+
+GROUP_ROWS = 32
+"""Rows whose extreme is compared first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,26 +117,40 @@ class _Kept:
 
     def _replace(self, start: int, part_rT: Tensor) -> None:
         """Scores that beat a target's last candidate take their places among them."""
+        whole = len(part_rT) // GROUP_ROWS * GROUP_ROWS
+        if whole:
+            self._replace_groups(start, part_rT[:whole].unflatten(0, (-1, GROUP_ROWS)))
+        if whole < len(part_rT):
+            self._replace_groups(start + whole, part_rT[whole:].unsqueeze(0))
+
+    def _replace_groups(self, start: int, part_grT: Tensor) -> None:
+        """One look at all scores, for the extremes of each group of rows, and another at the groups that have a candidate."""
         last_T = self.best_Tk[:, -1]
-        # Later rows lose ties. Written so that NaN, which sorts as the largest, is not passed over.
-        extreme_T = part_rT.amax(0) if self.largest else part_rT.amin(0)
-        changed_t = (~(extreme_T <= last_T if self.largest else extreme_T >= last_T)).nonzero().squeeze(1)
-        if len(changed_t) == 0:
+        extreme_gT = part_grT.amax(1) if self.largest else part_grT.amin(1)
+        group_p, target_p = self._beats(extreme_gT, last_T).nonzero(as_tuple=True)
+        if len(target_p) == 0:
             return
-        part_rt = part_rT if 2 * len(changed_t) > len(last_T) else part_rT[:, changed_t]
-        targets_t = torch.arange(len(last_T)) if part_rt is part_rT else changed_t
-        last_t = last_T[targets_t]
-        row_c, target_c = (~(part_rt <= last_t if self.largest else part_rt >= last_t)).nonzero(as_tuple=True)
+        values_pr = part_grT[group_p, :, target_p]
+        pair_c, row_c = self._beats(values_pr, last_T[target_p][:, None]).nonzero(as_tuple=True)
+        values_c = values_pr[pair_c, row_c]
+        row_c, target_c = row_c + group_p[pair_c] * part_grT.shape[1] + start, target_p[pair_c]
+        self._insert(values_c, row_c, target_c)
+
+    def _beats(self, values: Tensor, last: Tensor) -> Tensor:
+        """Whether values come before the last candidates. Later rows lose ties; NaN, which sorts as the largest, is not passed over."""
+        return ~(values <= last if self.largest else values >= last)
+
+    def _insert(self, values_c: Tensor, row_c: Tensor, target_c: Tensor) -> None:
+        """Put values, in row order for each target, among the candidates of their targets."""
         order_c = target_c.argsort(stable=True)
-        row_c, target_c = row_c[order_c], target_c[order_c]
-        kept_u, place_c, counts_u = target_c.unique_consecutive(return_inverse=True, return_counts=True)
+        values_c, row_c, target_c = values_c[order_c], row_c[order_c], target_c[order_c]
+        at_u, place_c, counts_u = target_c.unique_consecutive(return_inverse=True, return_counts=True)
         slot_c = torch.arange(len(target_c)) - (counts_u.cumsum(0) - counts_u)[place_c]
         # What fills up is no better than any of the k candidates, and comes after them.
-        values_uc = part_rt.new_full((len(kept_u), int(counts_u.max())), _worst(part_rt.dtype, self.largest))
+        values_uc = values_c.new_full((len(at_u), int(counts_u.max())), _worst(values_c.dtype, self.largest))
         rows_uc = torch.zeros(values_uc.shape, dtype=torch.int64)
-        values_uc[place_c, slot_c] = part_rt[row_c, target_c]
-        rows_uc[place_c, slot_c] = row_c + start
-        at_u = targets_t[kept_u]
+        values_uc[place_c, slot_c] = values_c
+        rows_uc[place_c, slot_c] = row_c
         self.best_Tk[at_u], self.rows_Tk[at_u] = self._sorted(
             torch.cat([self.best_Tk[at_u], values_uc], dim=1), torch.cat([self.rows_Tk[at_u], rows_uc], dim=1)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from trak.ahead import read_ahead
 from trak.errors import InputError
+from trak.hardware import one_core_left
 from trak.memory import available_memory
 from trak.products import FeatureRows, Product, piece_rows, power_of_two, read_parts
 from trak.progress import bar
@@ -39,6 +41,9 @@ __all__ = [
 DEFAULT_BLOCK_ROWS = 4096
 BLOCK_SCORES = 1 << 22
 """Scores in one block at the most (but for the smallest blocks): 16 MiB in float32, however many targets there are."""
+
+FEW_TARGETS = 400
+"""With so many targets products take no longer than reading: a core is left for it."""
 
 PAIRS_AT_ONCE = 1024
 ROWS_PER_READ = 16
@@ -232,6 +237,8 @@ class KernelScores(Scores):
         is_near = all(getattr(member.rows, "in_memory", False) for member in self.members)
         parts = (read() for read in reads) if is_near else read_ahead(reads)
         products = [Product(member.solved_TK, self.device) for member in self.members]
+        # Products with few targets take no longer than reading.
+        beside_reading = nullcontext if is_near or self.num_targets > FEW_TARGETS else one_core_left
         for (start, stop), pieces in zip(ranges, cuts):
             total_RT: Tensor | None = None
             for low, high in pieces:
@@ -239,7 +246,8 @@ class KernelScores(Scores):
                     piece = next(parts)
                     if total_RT is None:
                         total_RT = product.empty(stop - start, piece)
-                    product.add(piece, total_RT[low - start : high - start], beta=int(index > 0))
+                    with beside_reading():
+                        product.add(piece, total_RT[low - start : high - start], beta=int(index > 0))
             assert total_RT is not None
             weights_R1 = self.weights[start:stop].to(total_RT).unsqueeze(1)
             yield total_RT.mul_(weights_R1 / len(self.members)).cpu()

@@ -1,9 +1,9 @@
-"""What a processor is said to multiply fast."""
+"""What a processor is said to multiply fast, and the core that is left to another thread."""
 
 import pytest
 import torch
 
-from trak.hardware import multiplies_bfloat16, multiplies_bytes
+from trak.hardware import multiplies_bfloat16, multiplies_bytes, one_core_left
 
 
 @pytest.fixture
@@ -40,3 +40,21 @@ def test_bfloat16_is_multiplied_where_it_is_fast(monkeypatch, amx):
     for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert plain(torch.device("cuda", 0)) is expected
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "inside"), [(2, 2, 1), (4, 2, 3), (1, 2, 1), (1, 1, 1), (2, 8, 2)]
+)
+def test_a_core_is_left_where_all_are_taken(threads, cores, inside, monkeypatch):
+    monkeypatch.setattr("trak.hardware.available_cores", lambda: cores)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with one_core_left():
+            assert torch.get_num_threads() == inside
+        assert torch.get_num_threads() == threads
+        with pytest.raises(KeyError), one_core_left():
+            raise KeyError
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trak.errors import CorruptShardError, MissingRowsError
+from trak.products import Product
 from trak.scores import KernelScores, Member
 from trak.store import RowSet, open_store
 from trak.testing.store import make_header, make_values
@@ -60,6 +61,28 @@ def test_scores_are_the_definitions(tmp_path, monkeypatch, feature_dtype, member
     assert scores.read(9, 9).shape == (0, T) and scores.read(9, 9).dtype == blocks[0][1].dtype
     assert_equal(scores[[50, 3, 3], 1:3], expected[[50, 3, 3], 1:3])
     assert torch.equal(scores.top(5).rows, expected.sort(dim=0, descending=True).indices[:5].T)
+
+
+@pytest.mark.parametrize(
+    ("near", "few_targets", "left"),
+    [(True, T, 0), (False, T - 1, 0), (False, T, 1)],
+    ids=["memory", "many", "few"],
+)
+def test_a_core_is_left_for_reading_where_targets_are_few(tmp_path, monkeypatch, near, few_targets, left):
+    """While a piece is multiplied, and not while whoever asked for a block works with it."""
+    monkeypatch.setattr("trak.scores.FEW_TARGETS", few_targets)
+    monkeypatch.setattr("trak.hardware.available_cores", lambda: 2)
+    seen, add, before = set(), Product.add, torch.get_num_threads()
+    monkeypatch.setattr(
+        Product, "add", lambda *args, **named: (seen.add(torch.get_num_threads()), add(*args, **named))
+    )
+    torch.set_num_threads(2)
+    try:
+        for _ in stored(None if near else tmp_path, "float16")[0].blocks(8):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {2 - left}
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
