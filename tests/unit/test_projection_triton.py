@@ -185,7 +185,7 @@ def test_projections_through_the_kernel(monkeypatch):
     assert 1e-5 < float((rounded - expected).norm() / expected.norm()) < 2**-7
 
 
-SPARSE = [(40, 1, (11, 20)), (300, 3, (41, 50)), (7, 7, (9, 3)), (20, 1, (70, 40)), (600, 2, (20, 10))]
+SPARSE = [(40, 1, (11, 20)), (300, 3, (41, 50)), (3, 3, (9, 3)), (20, 1, (50, 20)), (600, 2, (20, 10))]
 
 
 @inside
