@@ -376,7 +376,7 @@ def draw(record: dict, path: Path) -> None:
     """Three panels: examples, scores, parameters."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for part, name, colour in (
         ("featurize", "Sparse(512)", "C1"),
@@ -406,11 +406,20 @@ def draw(record: dict, path: Path) -> None:
                 right.loglog(*zip(*points), style, color=colour, label=f"{name}, {family}", markersize=4)
     right.set(xlabel="parameters P", ylabel="ms an example", title="one example, K = 2,048")
     if record.get("parameters"):
-        right.legend(fontsize=7)
+        right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    # What was measured, and no ticks between powers of ten, whose labels would overlap.
+    _label(left.xaxis, sorted({one["rows"] for one in record.get("featurize", [])}))
+    _label(middle.xaxis, sorted({one["rows"] * one["targets"] for one in found}))
+    _label(middle.yaxis, [0.003, 0.01, 0.03, 0.1, 0.3])
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def _label(axis, values: list[float]) -> None:
+    axis.set_ticks(values, [f"{value:,}" if value >= 1 else f"{value:g}" for value in values], fontsize=8)
+    axis.set_ticks([], minor=True)
 
 
 def main() -> None:
