@@ -1,7 +1,7 @@
 """A product with a sparse matrix by adding slices: blocks of entries are multiplied by their signs and added where they are shifted to.
 
-No entry has a place of its own to be looked up, so that all runs at the speed of reading gradients, signs and sums from cache: 0.35 to 0.55 ns for each
-number of a batch (one core; PyTorch copies a tensor in 0.3 to 0.6), against 0.75 to 1.05 for `scatter_add_` of the same numbers.
+No entry has a place of its own to be looked up, so that all runs at the speed of reading gradients, signs and sums from cache: 0.35 to
+0.55 ns for each number of a batch (one core; PyTorch copies a tensor in 0.3 to 0.6), against 0.75 to 1.05 for `scatter_add_`.
 
 Superblocks of m blocks share the larger part of a shift: they are added at once to m sums that are K places too long, and each of these is
 turned by its block's own part at the end.
