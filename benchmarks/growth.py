@@ -150,7 +150,7 @@ def parameters(rounds: int, memory_gib: float, clock, families: list[str], befor
             batch = inputs, torch.randint(2, (batch_size,))
             paths = contenders(model, batch, 2048)
             chosen = {"plain": lambda m=model, b=batch: plain_pass(m, b), "Kronecker": paths["Kronecker"]()}
-            # Gradients of a batch, the columns and signs of every entry, and as much again in passing.
+            # Far more than it takes: some models are left out for their time.
             if 3 * 4 * size * batch_size < memory_gib * 2**30:
                 chosen["Sparse"] = paths["Sparse"]()
             if size <= LARGE_MODEL:

@@ -30,7 +30,7 @@ SLICE = 8192
 
 
 def contenders(values, dim, device, only):
-    """Name to a function that projects all gradients once; the first is the floor of the dense kinds."""
+    """Name to a function that projects all gradients once; the floors come first."""
     batch_size, entries = values.shape
     matrix = torch.randn(min(SLICE, entries), dim, device=device)
     out = torch.zeros(batch_size, dim, device=device)

@@ -44,12 +44,13 @@ def one_core_left() -> Iterator[None]:
     """PyTorch works with one thread less where it would take every core.
 
     Its threads wait for one another by spinning: where they have all the cores, a thread of ours that reads files gets on at half its speed.
+    Threads that first use PyTorch meanwhile inherit the number.
     """
     threads = torch.get_num_threads()
     if threads < max(2, available_cores()):
         yield
         return
-    torch.set_num_threads(threads - 1)
+    torch.set_num_threads(max(1, available_cores() - 1))
     try:
         yield
     finally:

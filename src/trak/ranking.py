@@ -173,8 +173,8 @@ def _extremes_of_block(values_TR: Tensor, k: int, *, largest: bool) -> tuple[Ten
     best_Tk, where_Tk = values_TR.topk(k, dim=1, largest=largest, sorted=False)
     edge_T1 = best_Tk.amin(1, keepdim=True) if largest else best_Tk.amax(1, keepdim=True)
     at_least_TR = values_TR >= edge_T1 if largest else values_TR <= edge_T1
-    if bool((at_least_TR.sum(1) > k).any()):
-        # More values equal the edge than there is room for: topk takes any of them.
+    if bool((at_least_TR.sum(1) != k).any()):
+        # More values equal the edge than there is room for, or it is NaN, which equals nothing: topk takes any of them.
         where_Tk = values_TR.sort(dim=1, descending=largest, stable=True).indices[:, :k]
     where_Tk = where_Tk.sort(dim=1).values
     return values_TR.gather(1, where_Tk), where_Tk

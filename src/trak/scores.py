@@ -237,7 +237,6 @@ class KernelScores(Scores):
         is_near = all(getattr(member.rows, "in_memory", False) for member in self.members)
         parts = (read() for read in reads) if is_near else read_ahead(reads)
         products = [Product(member.solved_TK, self.device) for member in self.members]
-        # Products with few targets take no longer than reading.
         beside_reading = nullcontext if is_near or self.num_targets > FEW_TARGETS else one_core_left
         for (start, stop), pieces in zip(ranges, cuts):
             total_RT: Tensor | None = None

@@ -228,6 +228,24 @@ def test_gathered_signs_and_places_are_exact():
 
 
 @inside
+def test_a_piece_may_cross_two_billion_entries():
+    """With K_t > L, where an end that wrapped around would count an entry of the next block."""
+    from trak.projection.kernels.triton_slices import add_by_gathering
+    from trak.projection.shifts import Shifts
+
+    shifts = Shifts((1, 2), (3, 4), 1 << 32, 2001, 2)
+    first, count = (1 << 31) - 3000, 6000
+    # Zeros that nobody touches take no memory: all signs −1, no shift.
+    words, moves = (
+        torch.zeros(2, 1 << 27, dtype=torch.int32),
+        torch.zeros(2, (1 << 32) // 1000 + 1, dtype=torch.int32),
+    )
+    out_BK = torch.zeros(1, 2001)
+    add_by_gathering(out_BK, torch.ones(1, count), first, shifts, words, moves)
+    torch.testing.assert_close(out_BK.sum().item(), -2 * count / 2**0.5, rtol=1e-5, atol=0)
+
+
+@inside
 def test_sparse_projections_through_the_kernel(monkeypatch):
     from trak.projection import Sparse, pieces, sparse_sums
     from trak.testing.projection import example_blocks, flat_gradients, full_matrix, project

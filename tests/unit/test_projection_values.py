@@ -112,7 +112,6 @@ def test_tiles_and_pieces_change_no_number(projection, monkeypatch):
     blocks = example_blocks(batch_size=4)
     expected = project(projection, blocks)
     monkeypatch.setattr(tiles, "tile_rows", lambda columns: 128)
-    monkeypatch.setattr(slices, "TILE_ENTRIES", 7)
     monkeypatch.setattr(pieces, "PIECE_ENTRIES", 50)
     got = project(projection, blocks)
     if isinstance(projection, (Sparse, Identity)):
@@ -176,6 +175,7 @@ def test_slices_are_the_product(
     projection, cached_entries, few_blocks, superblocks, small_table, monkeypatch
 ):
     """Blocks alone and several at once, in small tiles, and pieces that begin and end anywhere in them."""
+    monkeypatch.setattr(sparse_sums, "SHORT_BLOCK", 0)
     monkeypatch.setattr(slices, "FEW_BLOCKS", few_blocks)
     monkeypatch.setattr(shifts, "SUPERBLOCKS", superblocks)
     monkeypatch.setattr(slices, "TILE_ENTRIES", 7)
@@ -187,10 +187,58 @@ def test_slices_are_the_product(
 
 
 @pytest.mark.parametrize("nonzeros", [1, 3])
+@pytest.mark.parametrize("few_blocks", [0, 4])
+@pytest.mark.parametrize("short_block", [0, 1 << 20])
+def test_pieces_and_tiles_change_no_bit(nonzeros, few_blocks, short_block, monkeypatch):
+    """Of one way: slices of short blocks and of long ones, or entries one by one."""
+    monkeypatch.setattr(sparse_sums, "SHORT_BLOCK", short_block)
+    projection, shape = Sparse(130, nonzeros=nonzeros), (40, 70)
+    block = DenseBlock("w", shape, torch.randn(7, *shape))
+    monkeypatch.setattr(slices, "FEW_BLOCKS", few_blocks)
+    outs = []
+    for tile_entries, piece in ((1 << 18, 2800), (100, 2800), (100, 97)):
+        monkeypatch.setattr(slices, "TILE_ENTRIES", tile_entries)
+        monkeypatch.setattr(sparse_sums, "TILE_ENTRIES", tile_entries)
+
+        def cut(block, piece=piece):
+            values_Bn = block.values.flatten(1)
+            for examples in (slice(0, 3), slice(3, 7)):
+                for first in range(0, 2800, piece):
+                    yield examples, first, values_Bn[examples, first : first + piece]
+
+        monkeypatch.setattr(sparse_sums, "cached_pieces", cut)
+        state = projection.init({"w": shape})
+        outs.append(state.zeros(7))
+        projection.add(state, block, outs[-1])
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    expected = block.values.flatten(1) @ projection.matrix(state, "w")
+    torch.testing.assert_close(outs[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("short_block", [0, 256])
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.randn(40, 300, 6).permute(2, 0, 1),
+        torch.randn(1, 40, 300).expand(6, -1, -1),
+        torch.randn(12, 40, 300)[::2],
+    ],
+    ids=["transposed", "expanded", "every second"],
+)
+def test_gradients_of_any_strides(values, short_block, monkeypatch):
+    monkeypatch.setattr(sparse_sums, "SHORT_BLOCK", short_block)
+    state = Sparse(100).init({"w": (40, 300)})
+    out = state.zeros(6)
+    Sparse(100).add(state, DenseBlock("w", (40, 300), values), out)
+    torch.testing.assert_close(out, values.flatten(1) @ Sparse(100).matrix(state, "w"), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("nonzeros", [1, 3])
 @pytest.mark.parametrize("columns", [10, 700, 9000])
 @pytest.mark.parametrize("cached_entries", [1 << 20, 50_000])
 def test_slices_of_large_parameters(nonzeros, columns, cached_entries, monkeypatch):
     """Superblocks of many blocks, of some and of one; pieces of some rows of some examples."""
+    monkeypatch.setattr(sparse_sums, "SHORT_BLOCK", 0)
     monkeypatch.setattr(pieces, "CACHED_ENTRIES", cached_entries)
     projection, shape = Sparse(columns, nonzeros=nonzeros), (210, 700)
     block = OuterBlock("w", shape, *(torch.randn(3, 1, 2, size, dtype=torch.float64) for size in shape))

@@ -123,6 +123,14 @@ def test_many_rows_give_the_same_as_sorting_all(order, k, monkeypatch):
         torch.testing.assert_close(ranking.scores, values.T.gather(1, expected), equal_nan=True)
 
 
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_more_nan_than_room_for_come_in_row_order(k):
+    values = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    values[7:170:3] = float("nan")
+    expected = values.sort(dim=0, descending=True, stable=True).indices[:k].T
+    assert torch.equal(ArrayScores(values).top(k).rows, expected)
+
+
 def test_integers_are_ranked_too():
     values = np.arange(600).reshape(300, 2) % 37
     top = ArrayScores(values).top(3)

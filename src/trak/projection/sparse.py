@@ -33,8 +33,8 @@ class Sparse(Projection):
     """Pᵀg with `nonzeros` entries ±1/sqrt(nonzeros) in each row, the rest zero (Kane and Nelson, 2014; block
     construction), and L = floor(K / nonzeros) consecutive entries moved together (`Shifts`).
 
-    Costs `nonzeros` additions for each gradient entry, whatever K, at the speed of reading it: the fastest on a CPU. In expectation
-    at least as good as dense signs,
+    Costs `nonzeros` additions for each gradient entry, at about the speed of copying it where L is 256 or more and some examples come
+    together: the fastest on a CPU. In expectation at least as good as dense signs,
 
         Var⟨φ, φ'⟩ = (‖g‖²‖g'‖² + ⟨g, g'⟩² − Σ_b (‖g_b‖²‖g'_b‖² + ⟨g_b, g'_b⟩²)) / K
 
@@ -50,8 +50,8 @@ class Sparse(Projection):
         nonzeros: from 1 to dim (in a layer with fewer columns: as many as it has).
         per_layer: K is split over layers, each with columns of its own; a layer that fits its share is kept
             exactly, and K is at most P. The formula above then holds layer by layer, with the layer's K.
-        cache_bytes: memory for drawn signs, in bytes, for each state (4 or 8 for each non-zero, 8 for one of a
-            table, an eighth on CUDA). It changes the speed and no number, and takes no part in equality and fingerprint.
+        cache_bytes: memory for drawn signs, in bytes, for each state (4 to 12 for each
+            non-zero, an eighth by Triton). It changes the speed and no number, and takes no part in equality and fingerprint.
     """
 
     dim: int

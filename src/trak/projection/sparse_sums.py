@@ -1,4 +1,4 @@
-"""Three ways to add the product of one block with a sparse matrix, and a fourth for embeddings.
+"""Ways to add the product of one block with a sparse matrix: one for each device, and others for embeddings and short blocks.
 
 Legend: B examples, n entries, s non-zeros per entry, K columns of the parameter's placement, T positions and C columns of an
 embedding's block.
@@ -35,6 +35,12 @@ TABLE_ENTRIES = 1 << 22
 
 WHOLE_TABLE = -1
 """Its place among a parameter's tiles."""
+
+SHORT_BLOCK = 256
+"""Blocks of fewer entries, with many non-zeros or few columns, are scattered on a CPU: they are too many operations."""
+
+TILE_ENTRIES = 1 << 16
+"""Entries whose places are drawn at once there."""
 
 SORTED_ENTRIES = 1 << 18
 """Entries summed at once where they are sorted by column first: enough of them for every column."""
@@ -83,7 +89,8 @@ def add_sparse(state: SparseState, block: Block, target_BK: Tensor) -> None:
     if isinstance(block, IndexBlock) and (is_large_table(block) or (way == "slices" and _is_sparse(block))):
         (_add_touched if way == "slices" else _add_sorted_table)(state, block, target_BK)
     elif way == "slices":
-        _add_slices(state, block, target_BK)
+        is_short = state.shifts[block.name].length < SHORT_BLOCK
+        (_add_scattered if is_short else _add_slices)(state, block, target_BK)
     elif way == "gathered":
         _add_gathered(state, block, target_BK)
     else:
@@ -94,6 +101,32 @@ def add_sparse(state: SparseState, block: Block, target_BK: Tensor) -> None:
 def _is_sparse(block: IndexBlock) -> bool:
     """Whether an example has no more tokens than its table has rows."""
     return block.indices.shape[1] <= block.shape[0]
+
+
+def _add_scattered(state: SparseState, block: Block, target_BK: Tensor) -> None:
+    """Entries one by one, where blocks are short."""
+    nonzeros, columns, size = state.shifts[block.name].nonzeros, target_BK.shape[1], prod(block.shape)
+    sums_BJ = target_BK.new_zeros(len(target_BK), 2 * columns)
+    for examples, first, values_bn in cached_pieces(block):
+        values_bn, stop = values_bn.to(state.dtype), first + values_bn.shape[1]
+        for start in range(first // TILE_ENTRIES * TILE_ENTRIES, stop, TILE_ENTRIES):
+
+            def draw(start: int = start) -> tuple[Tensor]:
+                return (state.draw_signed(block.name, torch.arange(start, min(start + TILE_ENTRIES, size))),)
+
+            (signed_sn,) = state.cache.get(block.name, start, draw)
+            low, high = max(first, start), min(stop, start + TILE_ENTRIES)
+            part_bn = values_bn[:, low - first : high - first]
+            for signed_n in signed_sn[:, low - start : high - start]:
+                sums_BJ[examples].scatter_add_(1, signed_n.expand(part_bn.shape), part_bn)
+    _add_both_signs(target_BK, sums_BJ, nonzeros)
+
+
+def _add_both_signs(target_BK: Tensor, sums_BJ: Tensor, nonzeros: int) -> None:
+    """Sums of positive and of negative terms, side by side, to the target."""
+    columns = target_BK.shape[1]
+    target_BK.add_(sums_BJ[:, :columns], alpha=1 / sqrt(nonzeros))
+    target_BK.sub_(sums_BJ[:, columns:], alpha=1 / sqrt(nonzeros))
 
 
 def _add_slices(state: SparseState, block: Block, target_BK: Tensor) -> None:
@@ -191,5 +224,4 @@ def _add_touched(state: SparseState, block: IndexBlock, target_BK: Tensor) -> No
             sums_BJ.scatter_add_(
                 1, signed_RC[where_Bt].flatten(1), block.values[:, start : start + step].flatten(1)
             )
-    target_BK.add_(sums_BJ[:, :columns], alpha=1 / sqrt(nonzeros))
-    target_BK.sub_(sums_BJ[:, columns:], alpha=1 / sqrt(nonzeros))
+    _add_both_signs(target_BK, sums_BJ, nonzeros)

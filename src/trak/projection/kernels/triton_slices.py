@@ -10,7 +10,8 @@ Signs are bits, 32 to a word, as `signs` packs them, drawn once for a parameter 
 Roofline, from the data sheet of an H100 SXM (3.35 TB/s), for each number of a batch; nothing here was timed:
 
     memory      4 bytes of float32 gradients, read once: 1.2 ps (0.6 in half precision). Signs: 1 / (8 · BLOCK_B) bytes. Partial sums:
-                one written and read for eight blocks or more, at most a quarter as much again.
+                one written and read for eight blocks (a quarter as much again for float32 gradients, a half in half
+                precision), or for a smaller parameter.
     compiled    all instructions of the loop, at four a cycle: 0.4 ps (`benchmarks/triton_ahead.py`), two thirds of them
                 places, masks and the columns' signs, which BLOCK_B examples share.
 
@@ -116,7 +117,7 @@ def _gather(  # type: ignore[no-untyped-def]
         # 64 bits for a parameter of more than 2^31 entries; within a block 32 do.
         entry = tl.full((), 1, tl.int64) * block * length
         low = tl.maximum(first - entry, 0).to(tl.int32)
-        high = tl.minimum(first + count - entry, length).to(tl.int32)
+        high = tl.minimum(first - entry + count, length).to(tl.int32)
         offset = column - tl.load(moves_ptr + block)
         offset += tl.where(offset < 0, width, 0)
         # Beyond `width` there is no column, and from `high` on no entry of this block.
