@@ -31,22 +31,13 @@ SLICE = 8192
 
 def contenders(values, dim, device, only):
     """Name to a function that projects all gradients once; the floors come first."""
-    batch_size, entries = values.shape
-    matrix = torch.randn(min(SLICE, entries), dim, device=device)
-    out = torch.zeros(batch_size, dim, device=device)
-
-    def product():
-        for start in range(0, entries, SLICE):
-            part = values[:, start : start + SLICE]
-            out.addmm_(part, matrix[: part.shape[1]])
-
-    copied = torch.empty_like(values)
     if only != "sparse":
-        yield "matrix product", product
+        yield "matrix product", _product(values, dim, device)
     if only != "dense":
+        copied = torch.empty_like(values)
         yield "copy", lambda: copied.copy_(values)
         yield "scattered one by one", _scatter(values, dim, device)
-    block = DenseBlock("w", (entries,), values)
+    block = DenseBlock("w", values.shape[1:], values)
     for projection, kernel in (
         (trak.Rademacher(dim), None),
         (trak.Rademacher(dim), "tables"),
@@ -57,6 +48,19 @@ def contenders(values, dim, device, only):
     ):
         if only != ("dense" if projection.kind == "sparse" else "sparse"):
             yield _name(projection, kernel, dim, device), _project(projection, kernel, block, device)
+
+
+def _product(values, dim, device):
+    """With a matrix that is there already."""
+    matrix = torch.randn(min(SLICE, values.shape[1]), dim, device=device)
+    out = torch.zeros(len(values), dim, device=device)
+
+    def run():
+        for start in range(0, values.shape[1], SLICE):
+            part = values[:, start : start + SLICE]
+            out.addmm_(part, matrix[: part.shape[1]])
+
+    return run
 
 
 def _scatter(values, dim, device):

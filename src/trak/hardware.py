@@ -41,7 +41,7 @@ def multiplies_bytes() -> bool:
 
 @contextmanager
 def one_core_left() -> Iterator[None]:
-    """PyTorch works with one thread less where it would take every core.
+    """PyTorch leaves one core free where it would take them all.
 
     Its threads wait for one another by spinning: where they have all the cores, a thread of ours that reads files gets on at half its speed.
     Threads that first use PyTorch meanwhile inherit the number.

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from trak.blocks import DenseBlock, IndexBlock
 from trak.projection import Gaussian, Identity, Kronecker, Rademacher, Sparse, pieces, tiles
 from trak.projection.kernels.entries import NORMALS, SIGNS
 from trak.projection.kernels.reference import add_by_reference
@@ -101,8 +102,6 @@ def test_triton_draws_the_signs_of_the_cpu():
 @pytest.mark.parametrize("projection", [Rademacher(2048), Sparse(2048, nonzeros=2)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_two_runs_give_the_same_bits(projection, dtype):
-    from trak.blocks import DenseBlock, IndexBlock
-
     dense = DenseBlock("w", (700, 300), torch.randn(16, 700, 300, device="cuda").to(dtype))
     indices = torch.randint(0, 5000, (16, 400), device="cuda")
     table = IndexBlock("t", (5000, 64), indices, torch.randn(16, 400, 64, device="cuda").to(dtype))
@@ -114,6 +113,18 @@ def test_two_runs_give_the_same_bits(projection, dtype):
         projection.add(state, table, out)
         results.append(out)
     assert all(torch.equal(out, results[0]) for out in results)
+
+
+@pytest.mark.parametrize("projection", [Sparse(2048), Sparse(2001, nonzeros=2), Sparse(50)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_parameters_are_gathered_as_on_the_cpu(projection, dtype):
+    """Many blocks in several ranges; the last example tile is short."""
+    values = torch.randn(19, 700, 300).to(dtype)
+    on_cpu, on_gpu = (projection.init({"w": (700, 300)}, device=device) for device in ("cpu", "cuda"))
+    expected, got = on_cpu.zeros(19), on_gpu.zeros(19)
+    projection.add(on_cpu, DenseBlock("w", (700, 300), values), expected)
+    projection.add(on_gpu, DenseBlock("w", (700, 300), values.cuda()), got)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_fused_and_unpacked_agree(monkeypatch):

@@ -85,15 +85,12 @@ class Shifts:
     @cached_property
     def moves_sn(self) -> Tensor:
         """Shift of each block in each group, below the columns of the group: int64 [s, blocks], on the CPU."""
-        blocks_n = torch.arange(self.blocks)
-        widths_s = torch.tensor([width for _, width in self.groups])
-        outer_sn, inner_sn = self.outer_sq[:, blocks_n // self.lanes], self.inner_sm[:, blocks_n % self.lanes]
-        return (outer_sn + inner_sn) % widths_s[:, None]
+        return self._shifts_of(torch.arange(self.blocks)) % self._widths_s1("cpu")
 
-    def signs(self, first: int, stop: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """±1 [s, n] of consecutive entries."""
+    def signs(self, first: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """±1 [s, n] of consecutive entries, on the CPU."""
         start = first // BLOCK_ROWS
-        packed = self.packed_signs(start, -(-stop // BLOCK_ROWS), device)
+        packed = self.packed_signs(start, -(-stop // BLOCK_ROWS), "cpu")
         return unpack_signs(packed, dtype).T[:, first - start * BLOCK_ROWS : stop - start * BLOCK_ROWS]
 
     def packed_signs(self, start: int, stop: int, device: torch.device | str) -> Tensor:
@@ -106,13 +103,18 @@ class Shifts:
         blocks_c, block_n = torch.unique_consecutive(entries_n // BLOCK_ROWS, return_inverse=True)
         unpacked_sN = unpack_signs(draw_packed_signs(self.sign_key, blocks_c, self.nonzeros), torch.int64).T
         signs_sn = unpacked_sN[:, block_n * BLOCK_ROWS + entries_n % BLOCK_ROWS]
-        block_n, offset_n = entries_n // self.length, entries_n % self.length
-        outer_sq, inner_sm = self.outer_sq.to(entries_n.device), self.inner_sm.to(entries_n.device)
-        shift_sn = outer_sq[:, block_n // self.lanes] + inner_sm[:, block_n % self.lanes]
-        first_s, width_s = torch.tensor(self.groups, device=entries_n.device).T[:, :, None]
-        return (offset_n + shift_sn) % width_s + first_s, signs_sn
+        places_sn = entries_n % self.length + self._shifts_of(entries_n // self.length)
+        first_s1 = torch.tensor([[first] for first, _ in self.groups], device=entries_n.device)
+        return places_sn % self._widths_s1(entries_n.device) + first_s1, signs_sn
+
+    def _shifts_of(self, blocks_n: Tensor) -> Tensor:
+        """Shifts of any blocks, not below the columns of the group yet: int64 [s, n]. A table of all blocks may be as long as the parameter."""
+        outer_sq, inner_sm = self.outer_sq.to(blocks_n.device), self.inner_sm.to(blocks_n.device)
+        return outer_sq[:, blocks_n // self.lanes] + inner_sm[:, blocks_n % self.lanes]
+
+    def _widths_s1(self, device: torch.device | str) -> Tensor:
+        return torch.tensor([[width] for _, width in self.groups], device=device)
 
     def _draw_shifts(self, word: int, count: int) -> Tensor:
         words_ns = draw_words(self.shift_key, torch.arange(count), self.nonzeros)[word]
-        widths_s = torch.tensor([width for _, width in self.groups])
-        return (words_ns * widths_s >> 32).T.contiguous()
+        return words_ns.T * self._widths_s1("cpu") >> 32
