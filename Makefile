@@ -14,10 +14,10 @@ WIDE_TESTS := tests/integration/test_integrations_adapters.py tests/integration/
   tests/unit/test_integrations_quanda.py tests/unit/test_tasks_contrastive.py tests/integration/test_integrations_vision.py \
   tests/unit/test_gradients_norms_vision.py
 
-.PHONY: help demo demo-quick test test-all test-wide lint format docs bench bench-quick clean
+.PHONY: help demo demo-quick test test-all test-stand-in test-wide lint format docs bench bench-quick clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(VENV)/.demo  ## train, attribute, measure and report on real images (about three minutes)
 	$(BIN)/trak demo --out demo-report
@@ -30,6 +30,11 @@ test: $(VENV)/.dev  ## the test suite
 
 test-all: $(VENV)/.dev  ## the test suite with its long checks
 	$(PYTEST) -m "not gpu"
+
+# What a machine with a GPU would run: tensors go to a stand-in (tests/stand_in) unless a test says otherwise.
+test-stand-in: $(VENV)/.dev  ## the test suite with a stand-in for a GPU: values, devices and waiting, not speed
+	PYTHONPATH=tests/stand_in $(PYTEST) -p stand_in
+	STAND_IN_TRITON=1 PYTHONPATH=tests/stand_in $(PYTEST) -p stand_in -m "gpu and not slow" tests/gpu
 
 # PYTHONPATH: quanda brings the released package, which has this one's import name.
 test-wide: $(WIDE)/.done  ## the tests that need torchvision, timm, open_clip, bitsandbytes and quanda, in an environment of several GB
@@ -60,7 +65,7 @@ $(WIDE)/.done: tests/wide.txt
 	@touch $@
 
 clean:  ## remove the environment and what the targets wrote
-	rm -rf $(VENV) $(WIDE) demo-report demo-report-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/.envs
+	rm -rf $(VENV) $(WIDE) tests/stand_in/build demo-report demo-report-quick .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/.envs
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

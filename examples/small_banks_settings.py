@@ -314,7 +314,9 @@ class LanguageModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits [B, L, V]. Padding is on the right, where no word looks."""
-        hidden = self.words(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+        hidden = self.words(input_ids) + self.places(
+            torch.arange(input_ids.shape[1], device=input_ids.device)
+        )
         parts = self.query(self.norm(hidden)).chunk(3, dim=-1)
         query, key, value = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)

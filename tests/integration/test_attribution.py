@@ -369,7 +369,7 @@ def test_singular_and_undamped():
         ({"damping": -1.0}, trak.InputError, "damping must be"),
         ({"damping": "much"}, trak.InputError, "damping must be"),
         ({"batch_size": 0}, trak.InputError, "batch_size"),
-        ({"device": "cuda:7"}, trak.InputError, "device"),
+        ({"device": "cuda:77"}, trak.InputError, "device"),
         ({"gradients": "magic"}, trak.InputError, "gradients must be"),
         ({"parameters": ["nothing.*"]}, trak.ParameterError, "nothing"),
         ({"projection": 2048}, trak.InputError, "projection must be"),

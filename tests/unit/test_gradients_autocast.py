@@ -69,7 +69,12 @@ def test_gradients_under_autocast(source, dtype):
 @pytest.mark.parametrize("check", [True, False])
 def test_modes_around_the_call_are_refused(mode, message, check):
     data = torch.randn(6, 3, 8, 8), torch.arange(6) % 5
-    settings = {"task": "image_classification", "projection": trak.Rademacher(16), "check": check}
+    settings = {
+        "task": "image_classification",
+        "projection": trak.Rademacher(16),
+        "check": check,
+        "device": "cpu",
+    }
     with mode(), pytest.raises(trak.InputError, match=message):
         trak.attribute(network(), data, data, **settings)
     with torch.no_grad():

@@ -23,7 +23,7 @@ from trak.setting import prepare
 N, T, LAMBDA = 24, 3, 0.05
 
 
-def make(kind, count=2):
+def make(kind, count=2, **settings):
     model = {
         "logistic": nn.Linear(3, 1),
         "regression": nn.Linear(3, 1),
@@ -46,7 +46,7 @@ def make(kind, count=2):
             labels = torch.randn(n, dtype=torch.float64)
         sets.append((torch.randn(n, *shape, dtype=torch.float64), labels))
     task = "regression" if kind == "regression" else "image_classification"
-    return {"model": model, "task": task, "batch_size": 7}, *sets, checkpoints
+    return {"model": model, "task": task, "batch_size": 7, **settings}, *sets, checkpoints
 
 
 def scores(method, train, targets, checkpoints):
@@ -180,7 +180,7 @@ def test_equals_the_definition(fisher):
     ],
 )
 def test_the_solve_equals_the_librarys(kind, parameters, factors):
-    options, train, _, checkpoints = make(kind, 1)
+    options, train, _, checkpoints = make(kind, 1, device="cpu")
     method = EKFACInfluence(**options, parameters=parameters, fisher="exact", factors=factors)
     fitted = method.fit(train, checkpoints)
     library = import_curvlinops("the test")
@@ -290,7 +290,7 @@ def test_the_model_comes_back_and_generators_too():
     ],
 )
 def test_all_eigenpairs_are_the_inverse(kind, hessian):
-    options, train, targets, checkpoints = make(kind)
+    options, train, targets, checkpoints = make(kind, device="cpu")
     damping = 1.0 if kind == "classifier" else LAMBDA
     rank = sum(parameter.numel() for parameter in options["model"].parameters())
     found = ArnoldiInfluence(**options, rank=rank, damping=damping, hessian=hessian)
@@ -305,7 +305,7 @@ def test_all_eigenpairs_are_the_inverse(kind, hessian):
 
 @pytest.mark.parametrize("hessian", ["exact", "gauss_newton"])
 def test_few_eigenpairs_are_the_largest(hessian):
-    options, train, targets, checkpoints = make("classifier", 1)
+    options, train, targets, checkpoints = make("classifier", 1, device="cpu")
     rank = 6  # of 31: by ARPACK
     method = ArnoldiInfluence(**options, rank=rank, hessian=hessian, tolerance=1e-12)
     fitted = method.fit(train, checkpoints)
@@ -383,7 +383,7 @@ def test_lissa_agrees_with_conjugate_gradients():
 
 @pytest.mark.parametrize("kind", ["logistic", "regression", "two classes"])
 def test_outer_products_are_the_librarys_matrix(kind):
-    options, train, _, checkpoints = make(kind, 1)
+    options, train, _, checkpoints = make(kind, 1, device="cpu")
     passes = start_passes(LiSSAInfluence(**options), train, checkpoints)
     (state,) = passes.states()
     outer = OuterProducts(passes, state)
@@ -440,7 +440,7 @@ def test_divergence_says_what_would_converge():
 
 
 def test_the_automatic_scale_is_the_largest_eigenvalue_of_some_draws(monkeypatch):
-    options, train, targets, checkpoints = make("two classes", 1)
+    options, train, targets, checkpoints = make("two classes", 1, device="cpu")
     large = 20 * train[0], train[1]  # far beyond the authors' scale
     with pytest.raises(trak.SingularGramError, match=r"diverges with scale=0\.5"):
         LiSSAInfluence(**options, scale=0.5, depth=30).fit(large, checkpoints).attribute(targets)
@@ -594,7 +594,7 @@ def test_it_says_which_package_it_needs(method, monkeypatch):
 
 def test_gradients_come_in_the_order_of_the_operators_vectors():
     # Many parameters in an order that is not alphabetical: H v must speak of the same entries as ∇f does.
-    options, train, _, checkpoints = make("classifier", 1)
+    options, train, _, checkpoints = make("classifier", 1, device="cpu")
     passes = start_passes(EKFACInfluence(**options), train, checkpoints)
     (state,) = passes.states()
     own = passes.products(state, passes.train, label="training set")
@@ -605,7 +605,7 @@ def test_gradients_come_in_the_order_of_the_operators_vectors():
 
 
 def test_whole_gradients_are_the_projectors():
-    options, train, _, checkpoints = make("images", 1)
+    options, train, _, checkpoints = make("images", 1, device="cpu")
     passes = start_passes(LiSSAInfluence(**options), train, checkpoints)
     (state,) = passes.states()
     gradients, reference = WholeGradients(passes.setting, state), Projector(passes.setting, state, 0)
@@ -621,7 +621,7 @@ def test_whole_gradients_are_the_projectors():
 
 
 def test_whole_gradients_must_be_finite():
-    options, train, _, checkpoints = make("regression", 1)
+    options, train, _, checkpoints = make("regression", 1, device="cpu")
     passes = start_passes(LiSSAInfluence(**options), train, checkpoints)
     (state,) = passes.states()
     gradients = WholeGradients(passes.setting, state)

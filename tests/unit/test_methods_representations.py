@@ -175,7 +175,7 @@ def test_a_checkpoint_that_changes_and_values_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("method", [trak.RepresentationSimilarity, trak.KNNShapley])
 def test_autocast_around_the_call_is_refused(method):
     model, train, targets, checkpoints = make()
-    attributor = method(model=model, task="image_classification")
+    attributor = method(model=model, task="image_classification", device="cpu")
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(trak.InputError, match="enter autocast"):
         attributor.fit(train, checkpoints)
     fitted = attributor.fit(train, checkpoints)
