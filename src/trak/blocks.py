@@ -119,8 +119,14 @@ class IndexBlock(Block):
         """Scattered into [B, R, C]."""
         rows, columns = self.matrix_shape
         out_BRC = self.values.new_zeros(self.batch_size, rows, columns)
-        index = self.indices.unsqueeze(-1).expand_as(self.values)
-        return out_BRC.scatter_add_(1, index, self.values).reshape(self.batch_size, *self.shape)
+        if self.values.device.type == "cpu":
+            index = self.indices.unsqueeze(-1).expand_as(self.values)
+            out_BRC.scatter_add_(1, index, self.values)
+        else:
+            # Sorts, where scatter_add_ adds atomically in any order.
+            example_B1 = torch.arange(self.batch_size, device=self.indices.device)[:, None]
+            out_BRC.index_put_((example_B1, self.indices), self.values, accumulate=True)
+        return out_BRC.reshape(self.batch_size, *self.shape)
 
     def contract(self, rows_RA: Tensor, columns_CD: Tensor) -> Tensor:
         """Σ_t rows[indices_t] ⊗ (columnsᵀ values_t), [B, A, D]."""

@@ -7,8 +7,10 @@ from torch import nn
 
 import trak
 from trak.gradients import model_state, select_parameters
+from trak.projection import pieces
 from trak.projector import Projector
 from trak.setting import Setting, prepare
+from trak.tasks import resolve_task
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,12 +21,12 @@ N, TARGETS = 70, 5
 
 
 class Words(nn.Module):
-    """Logits of 5,000 words from the word before: enough for margins in blocks."""
+    """Logits of words from the word before."""
 
-    def __init__(self):
+    def __init__(self, words):
         super().__init__()
-        self.table = nn.Embedding(5000, 8)
-        self.head = nn.Linear(8, 5000)
+        self.table = nn.Embedding(words, 8)
+        self.head = nn.Linear(8, words)
 
     def forward(self, input_ids):
         return self.head(self.table(input_ids))
@@ -38,10 +40,15 @@ def images():
     return model, (torch.randn(N, 3, 8, 8), torch.randint(3, (N,))), "image_classification"
 
 
-def texts():
+def texts(words=5000, rows=N, length=32):
+    """By default enough words for margins in blocks."""
     torch.manual_seed(0)
-    ids = torch.randint(5000, (N, 32))
-    return Words(), {"input_ids": ids, "labels": ids}, "causal_lm"
+    ids = torch.randint(words, (rows, length))
+    return Words(words), {"input_ids": ids, "labels": ids}, "causal_lm"
+
+
+def few_texts():
+    return texts(words=60, rows=6, length=5)
 
 
 def attribute(model, train, task, device, **options):
@@ -76,11 +83,15 @@ def test_labels_that_do_not_exist(row):
         attribute(model, (inputs, labels), task, "cuda")
 
 
-def test_starting_a_batch_waits_for_nothing():
-    model, batch, _ = images()
+@pytest.mark.parametrize("projection", [trak.Sparse(64), trak.Kronecker(64), trak.Rademacher(64)], ids=repr)
+@pytest.mark.parametrize("example", [images, few_texts])
+def test_starting_a_batch_waits_for_nothing(example, projection, monkeypatch):
+    # No table is small enough to be made dense.
+    monkeypatch.setattr(pieces, "SMALL_TABLE", 0)
+    model, batch, task = example()
     model.cuda()
     shapes, device = select_parameters(model, None), torch.device("cuda")
-    setting = Setting(model, trak.ImageClassification(), trak.Hooked(), trak.Sparse(64), shapes, device)
+    setting = Setting(model, resolve_task(task), trak.Hooked(), projection, shapes, device)
     projector = Projector(setting, model_state(model, None, device), 0)
     batch = prepare(setting, batch)
     expected, _ = projector(batch)

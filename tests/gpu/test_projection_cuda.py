@@ -56,12 +56,13 @@ def test_same_features(projection, dtype, small_table, monkeypatch):
 
 KEY = (0xDEADBEEF, 0xFEEDFACE)
 # Examples, entries, columns, and the row of the blocks at which the entries start.
+# The large ones take minutes in Triton's interpreter.
 SHAPES_OF_PRODUCTS = [
     (1, 1, 1, 0),
     (3, 300, 33, 100),
-    (40, 5000, 200, 7),
-    (64, 128 * 200, 2048, 0),
-    (200, 3001, 4096, 5),
+    pytest.param((40, 5000, 200, 7), marks=pytest.mark.slow),
+    pytest.param((64, 128 * 200, 2048, 0), marks=pytest.mark.slow),
+    pytest.param((200, 3001, 4096, 5), marks=pytest.mark.slow),
 ]
 
 
@@ -99,22 +100,28 @@ def test_triton_draws_the_signs_of_the_cpu():
     assert torch.equal(out_BK.double(), expected_BK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", [Rademacher(2048), Sparse(2048, nonzeros=2)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_two_runs_give_the_same_bits(projection, dtype):
     dense = DenseBlock("w", (700, 300), torch.randn(16, 700, 300, device="cuda").to(dtype))
     indices = torch.randint(0, 5000, (16, 400), device="cuda")
-    table = IndexBlock("t", (5000, 64), indices, torch.randn(16, 400, 64, device="cuda").to(dtype))
+    values = torch.randn(16, 400, 64, device="cuda").to(dtype)
+    large, small = (
+        IndexBlock("t", (5000, 64), indices, values),
+        IndexBlock("s", (50, 64), indices % 50, values),
+    )
     results = []
     for _ in range(3):
-        state = projection.init({"w": (700, 300), "t": (5000, 64)}, device="cuda")
+        state = projection.init({"w": (700, 300), "t": (5000, 64), "s": (50, 64)}, device="cuda")
         out = state.zeros(16)
-        projection.add(state, dense, out)
-        projection.add(state, table, out)
+        for block in (dense, large, small):
+            projection.add(state, block, out)
         results.append(out)
     assert all(torch.equal(out, results[0]) for out in results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", [Sparse(2048), Sparse(2001, nonzeros=2), Sparse(50)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_large_parameters_are_gathered_as_on_the_cpu(projection, dtype):
@@ -125,6 +132,25 @@ def test_large_parameters_are_gathered_as_on_the_cpu(projection, dtype):
     projection.add(on_cpu, DenseBlock("w", (700, 300), values), expected)
     projection.add(on_gpu, DenseBlock("w", (700, 300), values.cuda()), got)
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("width", [8, 20, 128, 130])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("projection", [Rademacher(40), Gaussian(30), Sparse(40, nonzeros=3)], ids=repr)
+def test_large_tables_in_pieces(projection, dtype, width, monkeypatch):
+    """Tokens that repeat, in one example and in several, and pieces that hold some of the rows."""
+    monkeypatch.setattr(pieces, "SMALL_TABLE", 0)
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", 4 * 128 * 3)
+    indices = torch.randint(0, 30, (4, 25)) ** 2
+    values = torch.randn(4, 25, width, dtype=dtype)
+    outs = []
+    for device in ("cpu", "cuda"):
+        state = projection.init({"t": (900, width)}, device=device, dtype=dtype)
+        out = state.zeros(4)
+        projection.add(state, IndexBlock("t", (900, width), indices.to(device), values.to(device)), out)
+        outs.append(out.cpu())
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(outs[1], outs[0], rtol=tolerance, atol=tolerance)
 
 
 def test_fused_and_unpacked_agree(monkeypatch):

@@ -179,7 +179,7 @@ def test_sparse_columns_and_signs_by_their_description(nonzeros, columns, size):
     entries = torch.randint(size, (60,), generator=torch.Generator().manual_seed(0))
     entries[:4] = torch.tensor([0, 1, 2, size - 1])
     shifts = Shifts((8, 9), (10, 11), size, columns, nonzeros)
-    got_columns, got_signs = shifts.draw(entries)
+    got_columns, got_signs = shifts.draw_rows(entries, 1)
     for index, entry in enumerate(entries.tolist()):
         block, offset = divmod(entry, length)
         for group in range(nonzeros):
@@ -197,7 +197,7 @@ def test_sparse_columns_and_signs_by_their_description(nonzeros, columns, size):
 def test_signs_of_a_range_are_those_of_its_entries(first, stop):
     shifts = Shifts((8, 9), (10, 11), 777, 30, 3)
     signs = shifts.signs(first, stop, torch.float64)
-    assert torch.equal(signs, shifts.draw(torch.arange(first, stop))[1].double())
+    assert torch.equal(signs, shifts.draw_rows(torch.arange(first, stop), 1)[1].double())
 
 
 def test_shifts_are_even_and_those_of_two_blocks_independent():

@@ -247,7 +247,7 @@ def test_slices_of_large_parameters(nonzeros, columns, cached_entries, monkeypat
     out = state.zeros(3)
     projection.add(state, block, out)
     expected = state.zeros(3)
-    for columns_n, signs_n in zip(*state.draw("w", torch.arange(210 * 700))):
+    for columns_n, signs_n in zip(*state.draw_range("w", 0, 210 * 700)):
         values_Bn = block.dense().flatten(1) * signs_n
         expected.scatter_add_(1, columns_n.expand(values_Bn.shape), values_Bn)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trak
+from trak import projector
 from trak.gradients import Auto, Functional, Hooked, Reference, check_first_batch, model_state
 from trak.tasks import resolve_task
+from trak.tasks.looking import values_unseen
 from trak.testing.gradients import collect
 from trak.testing.hugging_face import gpt2, llama, masked_bert, t5
 
@@ -492,6 +494,21 @@ def test_seq2seq_spans_by_labels_are_refused():
         trak.Seq2SeqLM().output(build(gpt2)[0], batch)
     given_inputs = {**batch, "decoder_input_ids": torch.randint(3, 19, (3, 4))}
     assert trak.Seq2SeqLM().output(model, given_inputs).isfinite().all()
+
+
+def test_seq2seq_spans_by_labels_are_nan_where_values_are_not_looked_at(monkeypatch):
+    model, batch = build(t5)
+    expected_B = trak.Seq2SeqLM().output(model, batch)
+    batch["labels"][1, 0] = -100
+    with values_unseen():
+        outputs_B = trak.Seq2SeqLM().output(model, batch)
+        likelihood_B = trak.Seq2SeqLM().for_training().output(model, batch)
+    torch.testing.assert_close(outputs_B[[0, 2]], expected_B[[0, 2]])
+    assert outputs_B[1].isnan() and likelihood_B[1].isnan() and likelihood_B[[0, 2]].isfinite().all()
+    monkeypatch.setattr(projector, "has_queue", lambda device: True)
+    # The first batch is checked apart, with a look at its values.
+    with pytest.raises(trak.InputError, match=r"example 0 .*target_mask"):
+        trak.TRAK(model=model, task="seq2seq_lm", projection=trak.Sparse(16), batch_size=1).fit(batch)
 
 
 @pytest.mark.parametrize("name", ["causal_lm", "seq2seq_lm", "masked_lm"])

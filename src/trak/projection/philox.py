@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,16 @@ def draw_words(key: Key, first_n: Tensor, second: int) -> tuple[Tensor, Tensor, 
     first_nc = first_n[:, None].expand(-1, second)
     second_nc = torch.arange(second, device=first_n.device).expand(first_n.shape[0], -1)
     return philox4x32((first_nc & MASK, first_nc >> 32, second_nc, torch.zeros_like(first_nc)), key)
+
+
+def blocks_of_rows(rows_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Where rows of a table of so many columns lie: (their blocks [n, m] int64, where each row begins in the first of its blocks [n]).
+
+    All rows have as many blocks as the row with the most; the last may lie behind the row.
+    """
+    most = -(-(BLOCK_ROWS - gcd(width, BLOCK_ROWS) + width) // BLOCK_ROWS)
+    first_n = rows_n * width
+    return first_n[:, None] // BLOCK_ROWS + torch.arange(most, device=rows_n.device), first_n % BLOCK_ROWS
 
 
 def _rounds(xp: Any, buffers: list[Any], key: Key) -> list[Any]:

@@ -10,10 +10,12 @@ from dataclasses import replace
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trak.blocks import Block, ConvBlock, IndexBlock, OuterBlock, upcast
 from trak.hardware import multiplies_bfloat16
+from trak.projection.philox import BLOCK_ROWS
 
 PIECE_ENTRIES = 1 << 24
 """Most gradient entries in one piece, all examples together (64 MiB in float32)."""
@@ -144,24 +146,43 @@ def _cached_outer(block: OuterBlock, entries: int) -> Iterator[tuple[slice, int,
 
 
 def table_pieces(block: IndexBlock) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows [u] int64, gradients [B, u, C]) for the rows of the table that the batch touches, in order."""
+    """(rows [u] int64, gradients [B, u, C]) for the rows of the table that the batch touches, in order.
+
+    How many those are a CPU can tell; a GPU would be waited for. There, rows behind them are row 0 with gradients of 0, as many as might
+    have been touched.
+    """
     batch_size, length, columns = block.values.shape
-    touched_U, position_BT = torch.unique(block.indices, return_inverse=True)
-    order_BT = position_BT.flatten().argsort(stable=True)
-    sorted_BT = position_BT.flatten()[order_BT]
-    step = max(1, PIECE_ENTRIES // max(1, batch_size * columns))
-    for first in range(0, touched_U.numel(), step):
+    if not block.indices.numel():
+        return
+    sorted_N, pair_N = block.indices.flatten().sort(stable=True)
+    # The row of a pair (example, position) is the place-th that is touched.
+    place_N = F.pad(sorted_N.diff() != 0, (1, 0)).cumsum(0)
+    is_waited_for = block.indices.device.type == "cpu"
+    count = int(place_N[-1]) + 1 if is_waited_for else min(len(place_N), block.matrix_shape[0])
+    touched_U = sorted_N.new_zeros(count).scatter_(0, place_N, sorted_N)
+    # As many entries as the blocks of a matrix that they lie in.
+    step = max(1, PIECE_ENTRIES // max(1, batch_size * max(columns, BLOCK_ROWS)))
+    for first in range(0, count, step):
         rows_u = touched_U[first : first + step]
-        bounds = torch.tensor([first, first + rows_u.numel()], device=sorted_BT.device)
-        start, stop = torch.searchsorted(sorted_BT, bounds).tolist()
+        size = batch_size * len(rows_u)
         # Stable order keeps each example's positions in their own order, so sums do not depend on the batch.
-        pairs = order_BT[start:stop]
-        values_BuC = block.values.new_zeros(batch_size * rows_u.numel(), columns)
-        slots = (pairs // length) * rows_u.numel() + sorted_BT[start:stop] - first
-        terms = block.values.reshape(-1, columns)[pairs]
-        if terms.device.type == "cpu":
-            values_BuC.index_add_(0, slots, terms)
+        own = _between(place_N, first, first + len(rows_u)) if is_waited_for else slice(None)
+        slot_n = (pair_N[own] // length) * len(rows_u) + place_N[own] - first
+        terms_nC = block.values.reshape(-1, columns)[pair_N[own]]
+        values_BuC = block.values.new_zeros(size, columns)
+        if is_waited_for:
+            values_BuC.index_add_(0, slot_n, terms_nC)
         else:
+            # Terms of other pieces are 0 here, anywhere: many in one place would be added one after another.
+            inside_n = (place_N >= first) & (place_N < first + len(rows_u))
+            slot_n = torch.where(inside_n, slot_n, torch.arange(len(slot_n), device=slot_n.device) % size)
+            terms_nC = torch.where(inside_n[:, None], terms_nC, 0)
             # Sorts, where index_add_ adds atomically in any order.
-            values_BuC.index_put_((slots,), terms, accumulate=True)
+            values_BuC.index_put_((slot_n,), terms_nC, accumulate=True)
         yield rows_u, values_BuC.reshape(batch_size, -1, columns)
+
+
+def _between(sorted_N: Tensor, first: int, stop: int) -> slice:
+    """Where numbers of [first, stop) stand."""
+    start, end = torch.searchsorted(sorted_N, torch.tensor([first, stop])).tolist()
+    return slice(start, end)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trak.projection.philox import BLOCK_ROWS, Key, draw_words
+from trak.projection.philox import BLOCK_ROWS, Key, blocks_of_rows, draw_words
 from trak.projection.signs import draw_packed_signs, unpack_signs
 
 SUPERBLOCK_ENTRIES = 1 << 13
@@ -69,8 +69,7 @@ class Shifts:
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """(first column, columns) of each group."""
-        bounds = [index * self.columns // self.nonzeros for index in range(self.nonzeros + 1)]
-        return tuple((first, stop - first) for first, stop in pairwise(bounds))
+        return tuple((first, stop - first) for first, stop in pairwise(self._bounds("cpu").tolist()))
 
     @cached_property
     def outer_sq(self) -> Tensor:
@@ -85,36 +84,51 @@ class Shifts:
     @cached_property
     def moves_sn(self) -> Tensor:
         """Shift of each block in each group, below the columns of the group: int64 [s, blocks], on the CPU."""
-        return self._shifts_of(torch.arange(self.blocks)) % self._widths_s1("cpu")
+        return self._shifts_of(torch.arange(self.blocks)) % self._bounds("cpu").diff()[:, None]
 
-    def signs(self, first: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """±1 [s, n] of consecutive entries, on the CPU."""
+    def signs(self, first: int, stop: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """±1 [s, n] of consecutive entries."""
         start = first // BLOCK_ROWS
-        packed = self.packed_signs(start, -(-stop // BLOCK_ROWS), "cpu")
+        packed = self.packed_signs(start, -(-stop // BLOCK_ROWS), device)
         return unpack_signs(packed, dtype).T[:, first - start * BLOCK_ROWS : stop - start * BLOCK_ROWS]
 
     def packed_signs(self, start: int, stop: int, device: torch.device | str) -> Tensor:
         """Signs of consecutive blocks of 128 entries, one bit each: uint8 [s, 16 · (stop − start)]."""
         return draw_packed_signs(self.sign_key, torch.arange(start, stop, device=device), self.nonzeros)
 
-    def draw(self, entries_n: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns [s, n] and signs ±1 [s, n], both int64, of any entries, wherever they stand."""
-        # Consecutive entries, the usual ones, share their block of signs.
-        blocks_c, block_n = torch.unique_consecutive(entries_n // BLOCK_ROWS, return_inverse=True)
-        unpacked_sN = unpack_signs(draw_packed_signs(self.sign_key, blocks_c, self.nonzeros), torch.int64).T
-        signs_sn = unpacked_sN[:, block_n * BLOCK_ROWS + entries_n % BLOCK_ROWS]
+    def draw_range(self, first: int, stop: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Columns [s, n] int64 and signs ±1 [s, n] int8 of consecutive entries."""
+        entries_n = torch.arange(first, stop, device=device)
+        return self._columns(entries_n), self.signs(first, stop, torch.int8, device)
+
+    def draw_rows(self, rows_u: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Columns [s, u · width] int64 and signs ±1 [s, u · width] int8 of any rows of so many entries, wherever they stand."""
+        blocks_um, offset_u = blocks_of_rows(rows_u, width)
+        packed_sW = draw_packed_signs(self.sign_key, blocks_um.flatten(), self.nonzeros)
+        drawn_suE = unpack_signs(packed_sW, torch.int8).T.unflatten(1, (len(rows_u), -1))
+        column_C = torch.arange(width, device=rows_u.device)
+        place_suC = (offset_u[:, None] + column_C).expand(self.nonzeros, -1, -1)
+        entries_n = (rows_u[:, None] * width + column_C).flatten()
+        return self._columns(entries_n), drawn_suE.gather(2, place_suC).flatten(1)
+
+    def _columns(self, entries_n: Tensor) -> Tensor:
+        """Columns of any entries in each group: int64 [s, n]."""
         places_sn = entries_n % self.length + self._shifts_of(entries_n // self.length)
-        first_s1 = torch.tensor([[first] for first, _ in self.groups], device=entries_n.device)
-        return places_sn % self._widths_s1(entries_n.device) + first_s1, signs_sn
+        bounds_s1 = self._bounds(entries_n.device)[:, None]
+        return places_sn % bounds_s1.diff(dim=0) + bounds_s1[:-1]
 
     def _shifts_of(self, blocks_n: Tensor) -> Tensor:
         """Shifts of any blocks, not below the columns of the group yet: int64 [s, n]. A table of all blocks may be as long as the parameter."""
-        outer_sq, inner_sm = self.outer_sq.to(blocks_n.device), self.inner_sm.to(blocks_n.device)
+        # A copy that the CPU would wait for has to wait for all work that the device was given.
+        outer_sq, inner_sm = (
+            part.to(blocks_n.device, non_blocking=True) for part in (self.outer_sq, self.inner_sm)
+        )
         return outer_sq[:, blocks_n // self.lanes] + inner_sm[:, blocks_n % self.lanes]
 
-    def _widths_s1(self, device: torch.device | str) -> Tensor:
-        return torch.tensor([[width] for _, width in self.groups], device=device)
+    def _bounds(self, device: torch.device | str) -> Tensor:
+        """First column of each group, and K: int64 [s + 1]."""
+        return torch.arange(self.nonzeros + 1, device=device) * self.columns // self.nonzeros
 
     def _draw_shifts(self, word: int, count: int) -> Tensor:
         words_ns = draw_words(self.shift_key, torch.arange(count), self.nonzeros)[word]
-        return words_ns.T * self._widths_s1("cpu") >> 32
+        return words_ns.T * self._bounds("cpu").diff()[:, None] >> 32

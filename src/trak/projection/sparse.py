@@ -145,7 +145,7 @@ class Sparse(Projection):
         if place.exact:
             out_PK[:, place.start : place.stop] = torch.eye(size, dtype=state.dtype, device=state.device)
             return out_PK
-        columns_sP, signs_sP = state.draw(name, torch.arange(size, device=state.device))
+        columns_sP, signs_sP = state.draw_range(name, 0, size)
         return out_PK.scatter_(1, (columns_sP + place.start).T, signs_sP.T)
 
     def fingerprint(self) -> dict[str, Any]:

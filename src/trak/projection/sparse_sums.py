@@ -25,7 +25,6 @@ from trak.projection.pieces import (
     cached_pieces,
     dense_pieces,
     is_large_table,
-    table_pieces,
 )
 from trak.projection.shifts import Shifts
 from trak.projection.tiles import TileCache
@@ -54,15 +53,10 @@ class SparseState(ProjectionState):
     shifts: Mapping[str, Shifts]
     cache: TileCache
 
-    def draw(self, name: str, entries_n: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of the parameter's own [s, n] int64 and signs / sqrt(s) [s, n] of flattened entries."""
-        columns_sn, signs_sn = self.shifts[name].draw(entries_n)
+    def draw_range(self, name: str, first: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Columns of the parameter's own [s, n] int64 and signs / sqrt(s) [s, n] of consecutive flattened entries."""
+        columns_sn, signs_sn = self.shifts[name].draw_range(first, stop, self.device)
         return columns_sn, signs_sn.to(self.dtype).div_(sqrt(self.shifts[name].nonzeros))
-
-    def draw_signed(self, name: str, entries_n: Tensor) -> Tensor:
-        """Columns [s, n] int64, from 0 to K − 1 where the sign is +1 and from K to 2K − 1 where it is −1."""
-        columns_sn, signs_sn = self.shifts[name].draw(entries_n)
-        return columns_sn.add_((signs_sn < 0).long(), alpha=self.placements[name].width)
 
     def tile_of_signs(self, name: str, first: int, stop: int) -> Tensor:
         """Signs ±1 [s, n] of consecutive entries, drawn if they are not kept."""
@@ -87,7 +81,7 @@ def add_sparse(state: SparseState, block: Block, target_BK: Tensor) -> None:
     """Add Pᵀ g of one block to the parameter's own columns of `out`."""
     way = choose_way(state.device, state.dtype)
     if isinstance(block, IndexBlock) and (is_large_table(block) or (way == "slices" and _is_sparse(block))):
-        (_add_touched if way == "slices" else _add_sorted_table)(state, block, target_BK)
+        (_add_touched if way == "slices" else _add_table)(state, block, target_BK)
     elif way == "slices":
         is_short = state.shifts[block.name].length < SHORT_BLOCK
         (_add_scattered if is_short else _add_slices)(state, block, target_BK)
@@ -105,21 +99,26 @@ def _is_sparse(block: IndexBlock) -> bool:
 
 def _add_scattered(state: SparseState, block: Block, target_BK: Tensor) -> None:
     """Entries one by one, where blocks are short."""
-    nonzeros, columns, size = state.shifts[block.name].nonzeros, target_BK.shape[1], prod(block.shape)
+    shifts, columns, size = state.shifts[block.name], target_BK.shape[1], prod(block.shape)
     sums_BJ = target_BK.new_zeros(len(target_BK), 2 * columns)
     for examples, first, values_bn in cached_pieces(block):
         values_bn, stop = values_bn.to(state.dtype), first + values_bn.shape[1]
         for start in range(first // TILE_ENTRIES * TILE_ENTRIES, stop, TILE_ENTRIES):
 
             def draw(start: int = start) -> tuple[Tensor]:
-                return (state.draw_signed(block.name, torch.arange(start, min(start + TILE_ENTRIES, size))),)
+                return (_signed(*shifts.draw_range(start, min(start + TILE_ENTRIES, size)), columns),)
 
             (signed_sn,) = state.cache.get(block.name, start, draw)
             low, high = max(first, start), min(stop, start + TILE_ENTRIES)
             part_bn = values_bn[:, low - first : high - first]
             for signed_n in signed_sn[:, low - start : high - start]:
                 sums_BJ[examples].scatter_add_(1, signed_n.expand(part_bn.shape), part_bn)
-    _add_both_signs(target_BK, sums_BJ, nonzeros)
+    _add_both_signs(target_BK, sums_BJ, shifts.nonzeros)
+
+
+def _signed(columns_sn: Tensor, signs_sn: Tensor, columns: int) -> Tensor:
+    """Columns [s, n] int64, from 0 to K − 1 where the sign is +1 and from K to 2K − 1 where it is −1."""
+    return columns_sn.add_((signs_sn < 0).long(), alpha=columns)
 
 
 def _add_both_signs(target_BK: Tensor, sums_BJ: Tensor, nonzeros: int) -> None:
@@ -143,7 +142,7 @@ def _add_gathered(state: SparseState, block: Block, target_BK: Tensor) -> None:
 
     def draw() -> tuple[Tensor, Tensor]:
         packed_sW = shifts.packed_signs(0, -(-shifts.size // BLOCK_ROWS), state.device)
-        return packed_sW.view(torch.int32), shifts.moves_sn.int().to(state.device)
+        return packed_sW.view(torch.int32), shifts.moves_sn.int().to(state.device, non_blocking=True)
 
     words_sW, moves_sn = state.cache.get(block.name, 0, draw)
     for first, values_Bn in dense_pieces(block):
@@ -176,8 +175,7 @@ def _add_sorted_range(
         count = min(SORTED_ENTRIES, size - start)
 
         def draw(start: int = start, count: int = count) -> tuple[Tensor, Tensor, Tensor]:
-            drawn = state.draw(name, torch.arange(start, start + count, device=state.device))
-            return _sort(*drawn, target_BK.shape[1])
+            return _sort(*state.draw_range(name, start, start + count), target_BK.shape[1])
 
         low, high = max(first, start), min(stop, start + count)
         values_nB = values_Bn.new_zeros(count, len(values_Bn))
@@ -186,13 +184,20 @@ def _add_sorted_range(
         _add_bags(values_nB, (tile[0], tile[1], tile[2]), target_BK)
 
 
-def _add_sorted_table(state: SparseState, block: IndexBlock, target_BK: Tensor) -> None:
-    """A table's gradients, collected on the rows that the batch touches."""
-    for rows_u, values_BuC in table_pieces(block):
-        width = values_BuC.shape[2]
-        entries_n = (rows_u[:, None] * width + torch.arange(width, device=state.device)).flatten()
-        tile = _sort(*state.draw(block.name, entries_n), target_BK.shape[1])
-        _add_bags(values_BuC.flatten(1).T.contiguous(), tile, target_BK)
+def _add_table(state: SparseState, block: IndexBlock, target_BK: Tensor) -> None:
+    """An embedding: every value goes to its columns, sorted by them first, where `scatter_add_` would add atomically in any order."""
+    batch_size, length, width = block.values.shape
+    shifts, columns = state.shifts[block.name], target_BK.shape[1]
+    sums_J = target_BK.new_zeros(batch_size * columns)
+    first_B1 = torch.arange(batch_size, device=state.device)[:, None] * columns
+    step = max(1, PIECE_ENTRIES // max(1, batch_size * width))
+    for start in range(0, length, step):
+        rows_N = block.indices[:, start : start + step].flatten()
+        values_N = block.values[:, start : start + step].to(state.dtype).flatten()
+        for columns_N, signs_N in zip(*shifts.draw_rows(rows_N, width)):
+            place_N = (columns_N.view(batch_size, -1) + first_B1).flatten()
+            sums_J.index_put_((place_N,), values_N * signs_N, accumulate=True)
+    target_BK.add_(sums_J.view(batch_size, columns), alpha=1 / sqrt(shifts.nonzeros))
 
 
 def _add_touched(state: SparseState, block: IndexBlock, target_BK: Tensor) -> None:
@@ -203,19 +208,18 @@ def _add_touched(state: SparseState, block: IndexBlock, target_BK: Tensor) -> No
     """
     batch_size, length, width = block.values.shape
     size = prod(block.shape)
-    nonzeros, columns = state.shifts[block.name].nonzeros, target_BK.shape[1]
+    shifts, columns = state.shifts[block.name], target_BK.shape[1]
     sums_BJ = target_BK.new_zeros(batch_size, 2 * columns)
     rows_BT = block.indices
-    if size <= TABLE_ENTRIES and state.cache.keeps(block.name, WHOLE_TABLE, 8 * nonzeros * size):
+    if size <= TABLE_ENTRIES and state.cache.keeps(block.name, WHOLE_TABLE, 8 * shifts.nonzeros * size):
 
         def draw() -> tuple[Tensor]:
-            return (state.draw_signed(block.name, torch.arange(size, device=state.device)),)
+            return (_signed(*shifts.draw_range(0, size), columns),)
 
         (signed_sN,) = state.cache.get(block.name, WHOLE_TABLE, draw)
     else:
         touched_U, rows_BT = torch.unique(block.indices, return_inverse=True)
-        entries_UC = touched_U[:, None] * width + torch.arange(width, device=state.device)
-        signed_sN = state.draw_signed(block.name, entries_UC.flatten())
+        signed_sN = _signed(*shifts.draw_rows(touched_U, width), columns)
     step = max(1, PIECE_ENTRIES // max(1, batch_size * width))
     for signed_N in signed_sN:
         signed_RC = signed_N.view(-1, width)
@@ -224,4 +228,4 @@ def _add_touched(state: SparseState, block: IndexBlock, target_BK: Tensor) -> No
             sums_BJ.scatter_add_(
                 1, signed_RC[where_Bt].flatten(1), block.values[:, start : start + step].flatten(1)
             )
-    _add_both_signs(target_BK, sums_BJ, nonzeros)
+    _add_both_signs(target_BK, sums_BJ, shifts.nonzeros)

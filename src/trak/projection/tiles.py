@@ -26,7 +26,7 @@ from trak.projection.kernels.entries import Entries, Part
 from trak.projection.kernels.matmul import add_by_matmul
 from trak.projection.kernels.tables import add_by_tables
 from trak.projection.layout import Placement, pool
-from trak.projection.philox import BLOCK_ROWS, Key, derive_key
+from trak.projection.philox import BLOCK_ROWS, Key, blocks_of_rows, derive_key
 from trak.projection.pieces import as_multiplied, dense_pieces, is_large_table, table_pieces
 
 TILE_ENTRIES = 1 << 20
@@ -204,12 +204,24 @@ class _Adder:
 
 
 def _whole_blocks(rows_u: Tensor, values_BuC: Tensor) -> tuple[Tensor, Tensor]:
-    """(blocks [c] int64, gradients [B, 128·c]): rows of a table as the blocks of the matrix that they touch."""
+    """(blocks [c] int64, gradients [B, 128·c]): rows of a table as blocks of the matrix that they touch.
+
+    A block that several rows touch is there once on a CPU; a GPU, which would be waited for, has it once for each of them.
+    """
     batch_size, _, width = values_BuC.shape
-    entries_n = (rows_u[:, None] * width + torch.arange(width, device=rows_u.device)).flatten()
-    blocks_c, slot_n = torch.unique(entries_n // BLOCK_ROWS, return_inverse=True)
-    padded = values_BuC.new_zeros(batch_size, blocks_c.numel() * BLOCK_ROWS)
-    padded[:, slot_n * BLOCK_ROWS + entries_n % BLOCK_ROWS] = values_BuC.flatten(1)
+    blocks_um, offset_u = blocks_of_rows(rows_u, width)
+    if blocks_um.shape[1] * BLOCK_ROWS == width:
+        return blocks_um.flatten(), values_BuC.flatten(1)
+    entry_uC = offset_u[:, None] + torch.arange(width, device=rows_u.device)
+    if rows_u.device.type == "cpu":
+        blocks_c, number_uC = torch.unique(blocks_um.gather(1, entry_uC // BLOCK_ROWS), return_inverse=True)
+    else:
+        blocks_c = blocks_um.flatten()
+        number_n = torch.arange(len(blocks_c), device=rows_u.device)
+        number_uC = number_n.view_as(blocks_um).gather(1, entry_uC // BLOCK_ROWS)
+    slot_uC = number_uC * BLOCK_ROWS + entry_uC % BLOCK_ROWS
+    padded = values_BuC.new_zeros(batch_size, len(blocks_c) * BLOCK_ROWS)
+    padded[:, slot_uC.flatten()] = values_BuC.flatten(1)
     return blocks_c, padded
 
 

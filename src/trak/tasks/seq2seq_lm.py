@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trak.errors import InputError
 from trak.tasks.language import TARGET_MASK, TokenRows, split_batch
+from trak.tasks.looking import is_true
 from trak.tasks.series import IGNORED, Positions, SeriesTask, check_options, check_positions
 
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
@@ -39,6 +40,7 @@ class Seq2SeqLM(SeriesTask):
         inputs, labels_BT, counted_BT = split_batch(batch, mask="decoder_attention_mask", what="seq2seq_lm")
         if not any(name in inputs for name in _DECODER_INPUTS):
             inputs["decoder_input_ids"] = _decoder_inputs(model, labels_BT)
+            labels_BT = _without_gaps(labels_BT)
         output = model(**inputs)
         return check_positions(getattr(output, "logits", output), labels_BT, counted_BT, what="seq2seq_lm")
 
@@ -53,23 +55,19 @@ def _decoder_inputs(model: nn.Module, labels_BT: Tensor) -> Tensor:
         raise InputError(
             f"{type(model).__name__} does not say how decoder inputs are made of labels: add `decoder_input_ids` to the batches"
         )
-    _refuse_gaps(labels_BT)
     return prepare(labels=labels_BT)
 
 
-def _refuse_gaps(labels_BT: Tensor) -> None:
-    """Labels of −100 before others would be unknown to the decoder.
+def _without_gaps(labels_BT: Tensor) -> Tensor:
+    """The labels, where no label of −100 is before others: those would be unknown to the decoder.
 
-    They make no output NaN, so that they are looked for even where tasks do not look at values (see `looking`).
+    Where values are not looked at, an example with such labels has none that exist, so that its output is NaN.
     """
     is_token_BT = labels_BT != IGNORED
     gaps_BT = is_token_BT[:, 1:] & ~is_token_BT[:, :-1]
-    try:
-        has_gaps = bool(gaps_BT.any())
-    except RuntimeError:  # under vmap; the first-batch check and the other gradient sources look
-        return
-    if has_gaps:
+    if is_true(gaps_BT.any()):
         raise InputError(
             f"seq2seq_lm: example {int(gaps_BT.any(1).nonzero()[0])} of the batch has labels of {IGNORED} before others, and the decoder's "
             f"inputs are made of the labels. Keep all labels and choose the span by `{TARGET_MASK}` [batch, positions], or give `decoder_input_ids`"
         )
+    return labels_BT.masked_fill(gaps_BT.any(1, keepdim=True), IGNORED)
