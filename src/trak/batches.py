@@ -78,7 +78,9 @@ def joined(pieces: Sequence[Any]) -> Any:
 
 def move(batch: Any, device: torch.device | str) -> Any:
     """The batch with its tensors on `device`; unchanged tensors are not copied."""
-    return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    # What a GPU copies to the CPU is there only once somebody waited for it.
+    ahead = torch.device(device).type != "cpu"
+    return _map(batch, lambda tensor: tensor.to(device, non_blocking=ahead))
 
 
 def cast(batch: Any, dtype: torch.dtype) -> Any:

@@ -305,7 +305,7 @@ class ArrayScores(Scores):
 
     def select_targets(self, targets: Tensor) -> Scores:
         """Some of the columns."""
-        return ColumnScores(self, targets)
+        return ColumnScores(self, targets.cpu())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -330,7 +330,7 @@ class ColumnScores(Scores):
 
     def select_targets(self, targets: Tensor) -> Scores:
         """Some of these columns."""
-        return ColumnScores(self.base, self.targets[targets])
+        return ColumnScores(self.base, self.targets[targets.cpu()])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -352,7 +352,7 @@ class ThresholdedScores(Scores):
 
     def select_targets(self, targets: Tensor) -> Scores:
         """Some of the columns, each with its threshold."""
-        threshold = self.threshold if self.threshold.ndim == 0 else self.threshold[targets]
+        threshold = self.threshold if self.threshold.ndim == 0 else self.threshold[targets.cpu()]
         return ThresholdedScores(self.base.select_targets(targets), threshold)
 
 
@@ -411,7 +411,7 @@ def _index_tensor(key: Any, what: str) -> Tensor:
         raise IndexError(
             f"a {what} is chosen by a whole number, a slice, or a list of whole numbers or booleans; got {got}"
         )
-    return index
+    return index.cpu()
 
 
 def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:
@@ -452,7 +452,7 @@ def _gather_pairs(scores: Scores, rows_Tk: Tensor) -> Tensor:
         raise InputError(
             f"rows must lie in [0, {scores.num_train}); got {int(rows_Tk.min())} to {int(rows_Tk.max())}"
         )
-    sorted_P, order_P = rows_Tk.flatten().sort()
+    sorted_P, order_P = rows_Tk.cpu().flatten().sort()
     targets_P = order_P // max(rows_Tk.shape[1], 1)
     parts = []
     for start in range(0, scores.num_train, DEFAULT_BLOCK_ROWS):

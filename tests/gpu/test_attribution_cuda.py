@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import trak
+from trak import batches
 from trak.gradients import model_state, select_parameters
 from trak.projection import pieces
 from trak.projector import Projector
@@ -73,6 +74,45 @@ def test_scores_are_those_of_the_cpu(example, projection):
     # Eigenvectors of near-equal eigenvalues may differ.
     tolerance = 1e-2 if isinstance(projection, trak.Eigenbasis) else 1e-6
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("model_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("data_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("example", [images, few_texts])
+def test_models_and_data_may_be_anywhere(example, data_on, model_on, device):
+    model, train, task = example()
+    expected = np.asarray(attribute(model, train, task, "cpu", projection=trak.Sparse(32)))
+    if model_on == "cuda":
+        model.cuda()
+    got = np.asarray(attribute(model, batches.move(train, data_on), task, device, projection=trak.Sparse(32)))
+    assert np.abs(got - expected).max() <= 1e-6 * np.abs(expected).max()
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {model_on}
+
+
+def test_results_are_asked_for_by_tensors_anywhere():
+    model, train, task = images()
+    found = trak.attribute(model, train, train, task=task, projection=trak.Sparse(32), progress=False)
+    by_threshold, few = found.scores.soft_threshold(torch.full((N,), 0.1)), torch.tensor([3, 1])
+    plain = found.scores.tensor()
+    thresholded = by_threshold.tensor()
+    rows = found.top(2).rows
+    masks = torch.rand(4, N) < 0.5
+    pairs = [
+        (found.scores[few.cuda()], plain[few]),
+        (found.scores[:, (torch.arange(N) < 2).cuda()], plain[:, :2]),
+        (found.scores.at(rows.cuda()), plain.T.gather(1, rows)),
+        (found.scores.select_targets(few.cuda()).tensor(), plain[:, few]),
+        (
+            by_threshold.select_targets(few.cuda()).select_targets(few[:1].cuda() - 2).tensor(),
+            thresholded[:, [1]],
+        ),
+        (by_threshold.soft_threshold(torch.full((N,), 0.0).cuda()).tensor(), thresholded),
+        (found.predict(masks.cuda()), found.predict(masks)),
+        (found.group(train[1].cuda()).scores, found.group(train[1]).scores),
+    ]
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("row", [0, 40, N - 1])

@@ -191,7 +191,7 @@ class Attribution:
         Raises:
             InputError: not booleans (or zeros and ones), or another number of columns than training rows.
         """
-        masks_SN = torch.as_tensor(masks)
+        masks_SN = torch.as_tensor(masks).cpu()
         masks_SN = masks_SN.unsqueeze(0) if masks_SN.ndim == 1 else masks_SN
         if masks_SN.ndim != 2 or masks_SN.shape[1] != self.num_train:
             raise InputError(
