@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trak.ahead import read_ahead
+from trak.batches import move
 from trak.errors import InputError
 from trak.hardware import one_core_left
 from trak.memory import available_memory
@@ -399,6 +400,7 @@ def _positions(key: Any, size: int, what: str) -> tuple[Tensor, bool]:
 def _index_tensor(key: Any, what: str) -> Tensor:
     """Whole numbers or booleans; others would be rounded without a word."""
     try:
+        key = move(key, "cpu")
         index = torch.as_tensor(np.asarray(key) if isinstance(key, Sequence) else key)
     except (RuntimeError, TypeError, ValueError):
         index = None
@@ -411,7 +413,7 @@ def _index_tensor(key: Any, what: str) -> Tensor:
         raise IndexError(
             f"a {what} is chosen by a whole number, a slice, or a list of whole numbers or booleans; got {got}"
         )
-    return index.cpu()
+    return index
 
 
 def _gather_rows(scores: Scores, rows: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ def test_results_are_asked_for_by_tensors_anywhere():
     masks = torch.rand(4, N) < 0.5
     pairs = [
         (found.scores[few.cuda()], plain[few]),
+        (found.scores[list(few.cuda())], plain[few]),
         (found.scores[:, (torch.arange(N) < 2).cuda()], plain[:, :2]),
         (found.scores.at(rows.cuda()), plain.T.gather(1, rows)),
         (found.scores.select_targets(few.cuda()).tensor(), plain[:, few]),
@@ -113,6 +114,33 @@ def test_results_are_asked_for_by_tensors_anywhere():
     ]
     for got, expected in pairs:
         torch.testing.assert_close(got, expected)
+    outputs = torch.randn(4, N)
+    measured = [
+        trak.evaluation.lds(plain.cuda(), list(masks.cuda()), outputs.cuda()),
+        trak.evaluation.lds(plain, masks, outputs),
+    ]
+    assert str(measured[0]) == str(measured[1])
+
+
+def test_the_papers_protocol_with_rows_anywhere(tmp_path):
+    model, train, task = images()
+    scores = []
+    for on in ("cpu", "cuda"):
+        model.to(on)
+        traker = trak.TRAKer(
+            model=model, task=task, train_set_size=N, save_dir=tmp_path / str(len(scores)), proj_dim=32
+        )
+        traker.load_checkpoint(model.state_dict(), model_id=0)
+        for rows in torch.arange(N).flip(0).split(16):
+            batch = batches.move(batches.take(train, rows), on)
+            traker.featurize(batch=batch, inds=rows.to(on))
+        traker.finalize_features()
+        traker.start_scoring_checkpoint("targets", model.state_dict(), 0, num_targets=TARGETS)
+        traker.score(
+            batch=batches.move(batches.take(train, slice(0, TARGETS)), on), inds=torch.arange(TARGETS).to(on)
+        )
+        scores.append(np.asarray(traker.finalize_scores("targets")))
+    assert np.abs(scores[1] - scores[0]).max() <= 1e-3 * np.abs(scores[0]).max()
 
 
 @pytest.mark.parametrize("row", [0, 40, N - 1])

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trak.batches import move
 from trak.errors import InputError, NonFiniteError
 
 Floats = NDArray[np.float64]
@@ -19,7 +20,7 @@ def as_array(values: Any) -> NDArray[Any]:
     if isinstance(values, torch.Tensor):
         tensor = values.detach().cpu()
         return np.asarray(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
-    return np.asarray(values)
+    return np.asarray(move(values, "cpu"))
 
 
 def as_floats(values: Any, name: str, axes: tuple[str, ...]) -> Floats:
