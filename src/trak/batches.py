@@ -83,6 +83,15 @@ def move(batch: Any, device: torch.device | str) -> Any:
     return _map(batch, lambda tensor: tensor.to(device, non_blocking=ahead))
 
 
+def on_host(values: Any) -> Any:
+    """A tensor, or a list or tuple of some, on the CPU and without gradients; anything else as it is: for `numpy.asarray`."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    if isinstance(values, (list, tuple)) and any(isinstance(value, Tensor) for value in values):
+        return [on_host(value) for value in values]
+    return values
+
+
 def cast(batch: Any, dtype: torch.dtype) -> Any:
     """The batch with its floating-point tensors in `dtype`; integers and booleans stay."""
     return _map(batch, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)

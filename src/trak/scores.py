@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trak.ahead import read_ahead
-from trak.batches import move
+from trak.batches import on_host
 from trak.errors import InputError
 from trak.hardware import one_core_left
 from trak.memory import available_memory
@@ -400,8 +400,7 @@ def _positions(key: Any, size: int, what: str) -> tuple[Tensor, bool]:
 def _index_tensor(key: Any, what: str) -> Tensor:
     """Whole numbers or booleans; others would be rounded without a word."""
     try:
-        key = move(key, "cpu")
-        index = torch.as_tensor(np.asarray(key) if isinstance(key, Sequence) else key)
+        index = torch.as_tensor(np.asarray(on_host(key)))
     except (RuntimeError, TypeError, ValueError):
         index = None
     if (

@@ -151,15 +151,16 @@ def test_labels_that_do_not_exist(row):
         attribute(model, (inputs, labels), task, "cuda")
 
 
+@pytest.mark.parametrize("small_table", [0, 1 << 18])
+@pytest.mark.parametrize("source", [trak.Hooked(), trak.Functional()], ids=repr)
 @pytest.mark.parametrize("projection", [trak.Sparse(64), trak.Kronecker(64), trak.Rademacher(64)], ids=repr)
 @pytest.mark.parametrize("example", [images, few_texts])
-def test_starting_a_batch_waits_for_nothing(example, projection, monkeypatch):
-    # No table is small enough to be made dense.
-    monkeypatch.setattr(pieces, "SMALL_TABLE", 0)
+def test_starting_a_batch_waits_for_nothing(example, projection, source, small_table, monkeypatch):
+    monkeypatch.setattr(pieces, "SMALL_TABLE", small_table)
     model, batch, task = example()
     model.cuda()
     shapes, device = select_parameters(model, None), torch.device("cuda")
-    setting = Setting(model, resolve_task(task), trak.Hooked(), projection, shapes, device)
+    setting = Setting(model, resolve_task(task), source, projection, shapes, device)
     projector = Projector(setting, model_state(model, None, device), 0)
     batch = prepare(setting, batch)
     expected, _ = projector(batch)

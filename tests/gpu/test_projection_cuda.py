@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trak.blocks import DenseBlock, IndexBlock
-from trak.projection import Gaussian, Identity, Kronecker, Rademacher, Sparse, pieces, tiles
+from trak.projection import Gaussian, Identity, Kronecker, Rademacher, Sparse, pieces, sparse_sums, tiles
 from trak.projection.kernels.entries import NORMALS, SIGNS
 from trak.projection.kernels.reference import add_by_reference
 from trak.testing.projection import SHAPES, example_blocks
@@ -140,7 +140,8 @@ def test_large_parameters_are_gathered_as_on_the_cpu(projection, dtype):
 def test_large_tables_in_pieces(projection, dtype, width, monkeypatch):
     """Tokens that repeat, in one example and in several, and pieces that hold some of the rows."""
     monkeypatch.setattr(pieces, "SMALL_TABLE", 0)
-    monkeypatch.setattr(pieces, "PIECE_ENTRIES", 4 * 128 * 3)
+    for module in (pieces, sparse_sums):
+        monkeypatch.setattr(module, "PIECE_ENTRIES", 4 * 128 * 3 * (1 if module is pieces else 24))
     indices = torch.randint(0, 30, (4, 25)) ** 2
     values = torch.randn(4, 25, width, dtype=dtype)
     outs = []

@@ -2,7 +2,9 @@
 //
 // Whatever is called on them runs on the CPU over the same memory, by a fallback of the CUDA dispatch key. What a GPU does otherwise is
 // kept: tensors of two devices do not mix, a copy to the CPU that nobody waits for has not arrived, and calls that would wait for the
-// device are counted, warned of or refused, as `torch.cuda.set_sync_debug_mode` does.
+// device are warned of or refused, as `torch.cuda.set_sync_debug_mode` does.
+//
+// What is not: copies to the device arrive at once, numbers on the CPU ([] in shape) go with any operator, and which operators wait is a list.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -75,7 +77,6 @@ enum class Waits { ALLOWED = 0, WARNED = 1, REFUSED = 2 };
 
 std::mutex lock;
 Waits mode = Waits::ALLOWED;
-int64_t waits = 0;
 std::vector<std::pair<Tensor, Tensor>> under_way;  // (where on the CPU, what)
 
 void arrive() {
@@ -89,7 +90,6 @@ void arrive() {
 
 void wait(const std::string& name) {
   arrive();
-  ++waits;
   TORCH_CHECK(mode != Waits::REFUSED, "called a synchronizing CUDA operation: ", name);
   if (mode == Waits::WARNED) TORCH_WARN("called a synchronizing CUDA operation: ", name);
 }
@@ -297,5 +297,4 @@ void stand_in_install() {
 void stand_in_arrive() { arrive(); }
 void stand_in_set_mode(int value) { mode = static_cast<Waits>(value); }
 int stand_in_mode() { return static_cast<int>(mode); }
-int64_t stand_in_waits() { return waits; }
 }

@@ -1,8 +1,8 @@
 """A GPU of a process that has none: `python -m pytest -p stand_in` with this folder on the path.
 
 CUDA tensors live in the CPU's memory (`device.cpp`). Triton's kernels run in its interpreter if STAND_IN_TRITON=1 is set; otherwise there
-is no Triton, and kernels made of PyTorch's operators run, many times as fast. Values, devices, and what waits for the device are those
-of a GPU; speed, memory and the order of its sums are not. Needs Linux, g++ and a PyTorch without CUDA; to be imported before PyTorch.
+is no Triton, and kernels made of PyTorch's operators run, many times as fast. Values, devices, and what waits for the device are much like
+those of a GPU; speed, memory and the order of its sums are not. Needs Linux, g++ and a PyTorch without CUDA; to be imported before PyTorch.
 """
 
 from __future__ import annotations

@@ -200,6 +200,17 @@ def test_signs_of_a_range_are_those_of_its_entries(first, stop):
     assert torch.equal(signs, shifts.draw_rows(torch.arange(first, stop), 1)[1].double())
 
 
+@pytest.mark.parametrize("width", [1, 8, 20, 96, 128, 130, 300])
+def test_rows_are_those_of_their_entries(width):
+    """Also the last one, whose last block is not full."""
+    shifts = Shifts((8, 9), (10, 11), 41 * width, 30, 3)
+    every = [part.view(3, 41, width) for part in shifts.draw_range(0, 41 * width)]
+    rows = torch.tensor([40, 0, 7, 8, 7, 39])
+    for got, expected in zip(shifts.draw_rows(rows, width), every):
+        assert torch.equal(got.view(3, -1, width), expected[:, rows])
+    assert [part.shape for part in shifts.draw_rows(rows[:0], width)] == [(3, 0), (3, 0)]
+
+
 def test_shifts_are_even_and_those_of_two_blocks_independent():
     """Places of single entries, and differences between two blocks: in one superblock, in two, and in the same lane of two."""
     size, columns = 64 * 64 * 16, 64

@@ -303,10 +303,44 @@ def test_sorted_sums_are_those_of_slices(projection, small_table, dtype, monkeyp
     monkeypatch.setattr(sparse_sums, "choose_way", lambda device, dtype: "sorted")
     monkeypatch.setattr(sparse_sums, "SORTED_ENTRIES", 7)
     monkeypatch.setattr(pieces, "PIECE_ENTRIES", 50)
+    monkeypatch.setattr(sparse_sums, "PIECE_ENTRIES", 50)
     monkeypatch.setattr(pieces, "SMALL_TABLE", small_table)
     got = project(projection, blocks, dtype=dtype)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("piece_entries", [1, 3 * 128 * 4, 1 << 24])
+@pytest.mark.parametrize("width", [1, 5, 128, 130])
+def test_tokens_in_pieces_are_the_rows_that_they_touch(width, piece_entries, monkeypatch):
+    """What runs on CUDA, here on a CPU: pieces of tokens, whose rows may be in two of them, and rows that are left over."""
+    indices = torch.randint(0, 9, (3, 14)) ** 2
+    block = IndexBlock("t", (70, width), indices, torch.randn(3, 14, width, dtype=torch.float64))
+    monkeypatch.setattr(pieces, "PIECE_ENTRIES", piece_entries)
+    found, count = torch.zeros(3, 70, width, dtype=torch.float64), 0
+    for rows_u, values_BuC in pieces._touched_by_tokens(block):
+        assert values_BuC.shape == (3, len(rows_u), width)
+        found.index_add_(1, rows_u, values_BuC)
+        count += 1
+    torch.testing.assert_close(found, block.dense(), rtol=1e-12, atol=1e-12)
+    assert count == {1: 42, 3 * 128 * 4: -(-42 // (4 if width <= 128 else 3)), 1 << 24: 1}[piece_entries]
+
+
+@pytest.mark.parametrize("way", ["slices", "sorted"])
+@pytest.mark.parametrize("small_table", [0, 1 << 18])
+@pytest.mark.parametrize("table_entries", [0, 1 << 22])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("projection", [Sparse(6), Rademacher(6)], ids=repr)
+def test_no_tokens_give_nothing(projection, shape, table_entries, small_table, way, monkeypatch):
+    monkeypatch.setattr(sparse_sums, "choose_way", lambda device, dtype: way)
+    monkeypatch.setattr(sparse_sums, "TABLE_ENTRIES", table_entries)
+    monkeypatch.setattr(pieces, "SMALL_TABLE", small_table)
+    state = projection.init({"t": (40, 5)})
+    out = state.zeros(shape[0])
+    projection.add(
+        state, IndexBlock("t", (40, 5), torch.zeros(*shape, dtype=torch.int64), torch.zeros(*shape, 5)), out
+    )
+    assert not out.any()
 
 
 def _exact_layers(projection):

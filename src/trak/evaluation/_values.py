@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trak.batches import move
+from trak.batches import on_host
 from trak.errors import InputError, NonFiniteError
 
 Floats = NDArray[np.float64]
@@ -20,7 +20,7 @@ def as_array(values: Any) -> NDArray[Any]:
     if isinstance(values, torch.Tensor):
         tensor = values.detach().cpu()
         return np.asarray(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
-    return np.asarray(move(values, "cpu"))
+    return np.asarray(on_host(values))
 
 
 def as_floats(values: Any, name: str, axes: tuple[str, ...]) -> Floats:

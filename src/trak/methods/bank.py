@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trak.batches import move
+from trak.batches import on_host
 from trak.datasets import RowSource, as_rows
 from trak.errors import InputError, NonFiniteError
 
@@ -91,8 +91,5 @@ def rows_of_bank(data: Any, expected: int, what: str) -> RowSource:
 
 
 def _tensor(values: Any) -> Tensor:
-    return (
-        values.detach().cpu()
-        if isinstance(values, Tensor)
-        else torch.as_tensor(np.asarray(move(values, "cpu")))
-    )
+    values = on_host(values)
+    return values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))

@@ -70,7 +70,7 @@ class Session:
                 f"give exactly one of inds (the {what}s of this batch) and num_samples (the next ones in order)"
             )
         if inds is not None:
-            given = torch.as_tensor(np.asarray(batches.move(inds, "cpu"))).reshape(-1)
+            given = torch.as_tensor(np.asarray(batches.on_host(inds))).reshape(-1)
             if given.is_floating_point() or given.dtype == torch.bool:
                 raise InputError(f"inds must be whole numbers, the {what}s of this batch; got {given.dtype}")
             rows = given.long()

@@ -146,43 +146,45 @@ def _cached_outer(block: OuterBlock, entries: int) -> Iterator[tuple[slice, int,
 
 
 def table_pieces(block: IndexBlock) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows [u] int64, gradients [B, u, C]) for the rows of the table that the batch touches, in order.
+    """(rows [u] int64, gradients [B, u, C]) for the rows of the table that the batch touches.
 
-    How many those are a CPU can tell; a GPU would be waited for. There, rows behind them are row 0 with gradients of 0, as many as might
-    have been touched.
+    On a CPU every row once, in order. How many there are a GPU would be waited for: there are as many as tokens, in pieces of them. A row may be in
+    two pieces, and those left over are row 0 with gradients of 0.
     """
+    return _touched_rows(block) if block.indices.device.type == "cpu" else _touched_by_tokens(block)
+
+
+def _touched_rows(block: IndexBlock) -> Iterator[tuple[Tensor, Tensor]]:
     batch_size, length, columns = block.values.shape
-    if not block.indices.numel():
-        return
-    sorted_N, pair_N = block.indices.flatten().sort(stable=True)
-    # The row of a pair (example, position) is the place-th that is touched.
-    place_N = F.pad(sorted_N.diff() != 0, (1, 0)).cumsum(0)
-    is_waited_for = block.indices.device.type == "cpu"
-    count = int(place_N[-1]) + 1 if is_waited_for else min(len(place_N), block.matrix_shape[0])
-    touched_U = sorted_N.new_zeros(count).scatter_(0, place_N, sorted_N)
-    # As many entries as the blocks of a matrix that they lie in.
-    step = max(1, PIECE_ENTRIES // max(1, batch_size * max(columns, BLOCK_ROWS)))
-    for first in range(0, count, step):
+    touched_U, position_BT = torch.unique(block.indices, return_inverse=True)
+    order_BT = position_BT.flatten().argsort(stable=True)
+    sorted_BT = position_BT.flatten()[order_BT]
+    step = max(1, PIECE_ENTRIES // max(1, batch_size * columns))
+    for first in range(0, touched_U.numel(), step):
         rows_u = touched_U[first : first + step]
-        size = batch_size * len(rows_u)
+        bounds = torch.tensor([first, first + rows_u.numel()])
+        start, stop = torch.searchsorted(sorted_BT, bounds).tolist()
         # Stable order keeps each example's positions in their own order, so sums do not depend on the batch.
-        own = _between(place_N, first, first + len(rows_u)) if is_waited_for else slice(None)
-        slot_n = (pair_N[own] // length) * len(rows_u) + place_N[own] - first
-        terms_nC = block.values.reshape(-1, columns)[pair_N[own]]
-        values_BuC = block.values.new_zeros(size, columns)
-        if is_waited_for:
-            values_BuC.index_add_(0, slot_n, terms_nC)
-        else:
-            # Terms of other pieces are 0 here, anywhere: many in one place would be added one after another.
-            inside_n = (place_N >= first) & (place_N < first + len(rows_u))
-            slot_n = torch.where(inside_n, slot_n, torch.arange(len(slot_n), device=slot_n.device) % size)
-            terms_nC = torch.where(inside_n[:, None], terms_nC, 0)
-            # Sorts, where index_add_ adds atomically in any order.
-            values_BuC.index_put_((slot_n,), terms_nC, accumulate=True)
+        pairs = order_BT[start:stop]
+        values_BuC = block.values.new_zeros(batch_size * rows_u.numel(), columns)
+        slots = (pairs // length) * rows_u.numel() + sorted_BT[start:stop] - first
+        values_BuC.index_add_(0, slots, block.values.reshape(-1, columns)[pairs])
         yield rows_u, values_BuC.reshape(batch_size, -1, columns)
 
 
-def _between(sorted_N: Tensor, first: int, stop: int) -> slice:
-    """Where numbers of [first, stop) stand."""
-    start, end = torch.searchsorted(sorted_N, torch.tensor([first, stop])).tolist()
-    return slice(start, end)
+def _touched_by_tokens(block: IndexBlock) -> Iterator[tuple[Tensor, Tensor]]:
+    batch_size, length, columns = block.values.shape
+    # Tokens by row, those of one row in their own order.
+    sorted_N, token_N = block.indices.flatten().sort(stable=True)
+    place_N = F.pad(sorted_N.diff() != 0, (1, 0)).cumsum(0)
+    # A row of a narrow table takes a block of the matrix.
+    step = max(1, PIECE_ENTRIES // max(1, batch_size * max(columns, BLOCK_ROWS)))
+    for first in range(0, len(sorted_N), step):
+        token_n = token_N[first : first + step]
+        place_n = place_N[first : first + step] - place_N[first]
+        rows_u = sorted_N.new_zeros(len(token_n)).scatter_(0, place_n, sorted_N[first : first + step])
+        values_BuC = block.values.new_zeros(batch_size * len(rows_u), columns)
+        slot_n = (token_n // length) * len(rows_u) + place_n
+        # Sorts, where index_add_ adds atomically in any order.
+        values_BuC.index_put_((slot_n,), block.values.reshape(-1, columns)[token_n], accumulate=True)
+        yield rows_u, values_BuC.reshape(batch_size, -1, columns)

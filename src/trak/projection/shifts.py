@@ -105,7 +105,9 @@ class Shifts:
         """Columns [s, u · width] int64 and signs ±1 [s, u · width] int8 of any rows of so many entries, wherever they stand."""
         blocks_um, offset_u = blocks_of_rows(rows_u, width)
         packed_sW = draw_packed_signs(self.sign_key, blocks_um.flatten(), self.nonzeros)
-        drawn_suE = unpack_signs(packed_sW, torch.int8).T.unflatten(1, (len(rows_u), -1))
+        drawn_suE = unpack_signs(packed_sW, torch.int8).T.reshape(
+            self.nonzeros, len(rows_u), blocks_um.shape[1] * BLOCK_ROWS
+        )
         column_C = torch.arange(width, device=rows_u.device)
         place_suC = (offset_u[:, None] + column_C).expand(self.nonzeros, -1, -1)
         entries_n = (rows_u[:, None] * width + column_C).flatten()
@@ -119,11 +121,18 @@ class Shifts:
 
     def _shifts_of(self, blocks_n: Tensor) -> Tensor:
         """Shifts of any blocks, not below the columns of the group yet: int64 [s, n]. A table of all blocks may be as long as the parameter."""
-        # A copy that the CPU would wait for has to wait for all work that the device was given.
-        outer_sq, inner_sm = (
-            part.to(blocks_n.device, non_blocking=True) for part in (self.outer_sq, self.inner_sm)
-        )
+        outer_sq, inner_sm = self._on(blocks_n.device)
         return outer_sq[:, blocks_n // self.lanes] + inner_sm[:, blocks_n % self.lanes]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """X and y on a device, where they stay: a copy of each batch's own would wait for the work before it."""
+        if device not in self._copies:
+            self._copies[device] = (self.outer_sq.to(device), self.inner_sm.to(device))
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
 
     def _bounds(self, device: torch.device | str) -> Tensor:
         """First column of each group, and K: int64 [s + 1]."""

@@ -187,10 +187,13 @@ def _add_sorted_range(
 def _add_table(state: SparseState, block: IndexBlock, target_BK: Tensor) -> None:
     """An embedding: every value goes to its columns, sorted by them first, where `scatter_add_` would add atomically in any order."""
     batch_size, length, width = block.values.shape
+    if not block.indices.numel():
+        return
     shifts, columns = state.shifts[block.name], target_BK.shape[1]
     sums_J = target_BK.new_zeros(batch_size * columns)
     first_B1 = torch.arange(batch_size, device=state.device)[:, None] * columns
-    step = max(1, PIECE_ENTRIES // max(1, batch_size * width))
+    # Every number has half a dozen of eight bytes for each non-zero, and every token whole blocks of signs.
+    step = max(1, PIECE_ENTRIES // (8 * shifts.nonzeros * batch_size * max(width, BLOCK_ROWS)))
     for start in range(0, length, step):
         rows_N = block.indices[:, start : start + step].flatten()
         values_N = block.values[:, start : start + step].to(state.dtype).flatten()
@@ -207,6 +210,8 @@ def _add_touched(state: SparseState, block: IndexBlock, target_BK: Tensor) -> No
     Places of a very large table are drawn for the rows that the batch touches.
     """
     batch_size, length, width = block.values.shape
+    if not block.indices.numel():
+        return
     size = prod(block.shape)
     shifts, columns = state.shifts[block.name], target_BK.shape[1]
     sums_BJ = target_BK.new_zeros(batch_size, 2 * columns)

@@ -61,7 +61,7 @@ def _decoder_inputs(model: nn.Module, labels_BT: Tensor) -> Tensor:
 def _without_gaps(labels_BT: Tensor) -> Tensor:
     """The labels, where no label of −100 is before others: those would be unknown to the decoder.
 
-    Where values are not looked at, an example with such labels has none that exist, so that its output is NaN.
+    Where values are not looked at, an example with such labels has none that exist, so that its output is NaN where any position counts.
     """
     is_token_BT = labels_BT != IGNORED
     gaps_BT = is_token_BT[:, 1:] & ~is_token_BT[:, :-1]
