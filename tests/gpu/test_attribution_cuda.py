@@ -1,5 +1,7 @@
 """The whole way on a CUDA device: the same scores as on the CPU, and the same refusals."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -170,3 +172,43 @@ def test_starting_a_batch_waits_for_nothing(example, projection, source, small_t
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(finish()[0], expected)
+
+
+def waits(example, rows, projection, gradients):
+    """How often the device is waited for while that many rows are featurized, 8 at a time."""
+    model, train, task = example()
+    train = batches.take(train, torch.arange(rows) % N)
+    method = trak.TRAK(
+        model=model,
+        task=task,
+        projection=projection,
+        gradients=gradients,
+        batch_size=8,
+        device="cuda",
+        progress=False,
+    )
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            method.fit(train)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in caught)
+
+
+def some_texts():
+    return texts(words=60, rows=N, length=3)
+
+
+@pytest.mark.parametrize("gradients", ["auto", "functional"])
+@pytest.mark.parametrize(
+    "projection",
+    [trak.Sparse(24), trak.Kronecker(24), trak.Rademacher(24), trak.Eigenbasis(24, sample=32)],
+    ids=repr,
+)
+@pytest.mark.parametrize("example", [images, some_texts])
+def test_waiting_does_not_grow_with_the_batches(example, projection, gradients, monkeypatch):
+    monkeypatch.setattr(pieces, "SMALL_TABLE", 0)
+    # One wait in a batch would make eight more.
+    assert waits(example, 128, projection, gradients) - waits(example, 64, projection, gradients) < 8

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,26 +91,6 @@ def _patch_cuda(torch: Any, device: Any) -> None:
         name="stand-in", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
     )
 
-    class Event:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def record(self, *_: Any) -> None:
-            pass
-
-        def synchronize(self) -> None:
-            device.stand_in_arrive()
-
-    class Device:
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
     answers: dict[str, Any] = {
         "is_available": True,
         "is_initialized": False,
@@ -131,7 +112,10 @@ def _patch_cuda(torch: Any, device: Any) -> None:
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
     torch.cuda.synchronize = lambda *_: device.stand_in_arrive()
     torch.cuda.set_sync_debug_mode = lambda mode: device.stand_in_set_mode(MODES[mode])
-    torch.cuda.Event, torch.cuda.device = Event, Device
+    torch.cuda.Event = lambda *_, **__: SimpleNamespace(
+        record=lambda *_: None, synchronize=device.stand_in_arrive
+    )
+    torch.cuda.device = lambda *_: nullcontext()
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state = lambda *_: torch.get_rng_state()
         module.set_rng_state = lambda *_: None
